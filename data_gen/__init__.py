@@ -1,0 +1,1 @@
+"""Cold-start data: text reasoning in, code-augmented traces out, every block executed and every answer verified."""

@@ -1,0 +1,35 @@
+"""One typed configuration of a run. Unknown keys are refused; `retool.recipe` reads files and applies presets."""
+
+from retool.config.objective import ObjectiveConfig
+from retool.config.recipe import (
+    DataConfig,
+    EngineConfig,
+    EvalConfig,
+    LearnerConfig,
+    ModelConfig,
+    ProblemsConfig,
+    ProtocolConfig,
+    Recipe,
+    RewardConfig,
+    RolloutConfig,
+    SandboxConfig,
+    SftConfig,
+    TinyModelConfig,
+)
+
+__all__ = [
+    "DataConfig",
+    "EngineConfig",
+    "EvalConfig",
+    "LearnerConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "ProblemsConfig",
+    "ProtocolConfig",
+    "Recipe",
+    "RewardConfig",
+    "RolloutConfig",
+    "SandboxConfig",
+    "SftConfig",
+    "TinyModelConfig",
+]

@@ -1,0 +1,297 @@
+"""The sections of a recipe. Precedence of values: recipe > preset > the defaults written here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from retool.config.base import Section
+from retool.config.objective import ObjectiveConfig
+
+
+class TinyModelConfig(Section):
+    """A small Llama with a character-level tokenizer, made from scratch: for the demo and for tests."""
+
+    hidden: int = Field(96, ge=8)
+    """Width of the residual stream."""
+    layers: int = Field(3, ge=1)
+    """Number of decoder layers."""
+    heads: int = Field(4, ge=1)
+    """Attention heads; must divide `hidden`."""
+    intermediate: int = Field(256, ge=8)
+    """Width of the feed-forward layer."""
+    context: int = Field(256, ge=16)
+    """Longest sequence in tokens."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TinyModelConfig:
+        if self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class ModelConfig(Section):
+    """The policy's starting weights: a path or hub name, or a small model made from scratch."""
+
+    path: str | None = None
+    """Folder with a transformers model, or a hub name. Relative paths are relative to the working directory."""
+    tiny: TinyModelConfig | None = None
+    """Make a small model instead of loading one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the trained weights."""
+    device: str = "auto"
+    """`auto` takes a GPU when there is one; otherwise `cpu`, `cuda`, `cuda:1`, ..."""
+    chat_template: str | None = None
+    """A Jinja template used instead of the tokenizer's own."""
+
+
+class ProblemsConfig(Section):
+    """Where problems come from."""
+
+    kind: Literal["procedural", "jsonl", "parquet", "hf"] = "procedural"
+    """`procedural` makes them from `families`; the others read rows."""
+    path: str | None = None
+    """File (jsonl, parquet) or hub data set name (hf)."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    families: list[str] = []
+    """Names of procedural families: `retool objectives` lists algorithms, `retool explain problems.families` these."""
+    count: int | None = Field(None, ge=1)
+    """How many problems: required for procedural ones, a limit for the others."""
+    seed: int = 0
+    """Seed of procedural problems and of shuffling."""
+    shuffle: bool = True
+    """Shuffle rows (with `seed`) before `count` is applied."""
+    prompt_field: str = "question"
+    """Row field that holds the question."""
+    answer_field: str = "answer"
+    """Row field that holds the reference answer."""
+    answer_pattern: str | None = None
+    r"""Regular expression whose first group is the answer inside the field, e.g. `####\s*(.+)` for GSM8K."""
+
+
+class ProtocolConfig(Section):
+    """How a tool call looks in text."""
+
+    name: Literal["tags"] = "tags"
+    """Format of tool calls."""
+    fence: bool = True
+    """Whether code stands in a markdown fence inside its tags."""
+    code: tuple[str, str] = ("<code>", "</code>")
+    """Tags around a call."""
+    observation: tuple[str, str] = ("<interpreter>", "</interpreter>")
+    """Tags around a result."""
+    answer: tuple[str, str] = ("<answer>", "</answer>")
+    """Tags around the answer section."""
+    instructions: str | None = None
+    """Text in front of every question instead of the built-in instructions; an empty string for none."""
+
+
+class SandboxConfig(Section):
+    """Which sandbox runs model-written code."""
+
+    kind: Literal["local"] = "local"
+    """`local` is embedded: a supervisor process over a unix socket."""
+    profile: Literal["py-bare", "py-math"] = "py-math"
+    """Which modules the warm interpreter has imported."""
+    workers: int | None = Field(None, ge=1)
+    """Executions at once; default: 1.5 per core."""
+    allow_unconfined: bool = False
+    """Run without isolation when this machine offers none. Never for code you do not trust."""
+    wall_s: float = Field(5.0, gt=0)
+    """Wall clock limit of one execution in seconds."""
+    cpu_s: float = Field(5.0, gt=0)
+    """CPU limit of one execution in seconds."""
+    memory_mb: int = Field(512, ge=16)
+    """Memory of one execution in MiB, beyond what the warm interpreter holds."""
+    retries: int = Field(3, ge=0)
+    """How often an infrastructure failure is tried again before the trajectory is dropped."""
+
+
+class RewardConfig(Section):
+    """From a trajectory to its score. A wrong answer never scores as much as a right one."""
+
+    verifier: Literal["math", "exact"] = "math"
+    """`math`: math-verify and sympy in killable workers. `exact`: string equality after trimming."""
+    correct: float = 1.0
+    """Score of a right answer."""
+    wrong: float = 0.0
+    """Score of a wrong answer."""
+    call_cost: float = Field(0.0, ge=0)
+    """Subtracted for each tool call of a *right* answer, up to `max_call_cost`."""
+    max_call_cost: float = Field(0.0, ge=0)
+    """Most that calls may cost; must stay below correct - wrong."""
+    timeout_s: float = Field(10.0, gt=0)
+    """A verifier worker that takes longer is killed; the reward is then unknown after `retries`."""
+    workers: int = Field(1, ge=1)
+    """Verifier processes."""
+    retries: int = Field(1, ge=0)
+    """Tries after a worker was killed or died."""
+    custom: str | None = None
+    """Dotted path `module:function` of your own reward: (trajectory, RewardResult) -> RewardResult."""
+    shuffle: bool = False
+    """Control experiment: permute scores over the trajectories of a step."""
+
+    @model_validator(mode="after")
+    def _right_beats_wrong(self) -> RewardConfig:
+        if self.correct - self.max_call_cost <= self.wrong:
+            raise ValueError(
+                f"correct ({self.correct}) - max_call_cost ({self.max_call_cost}) must stay above wrong ({self.wrong})"
+            )
+        return self
+
+
+class EngineConfig(Section):
+    """What turns weights into tokens."""
+
+    kind: Literal["transformers"] = "transformers"
+    """Generation engine."""
+    slots: int = Field(64, ge=1)
+    """Trajectories decoded side by side."""
+    context: int | None = Field(None, ge=16)
+    """Longest trajectory in tokens; default: what the model allows."""
+
+
+class RolloutConfig(Section):
+    """How trajectories are sampled."""
+
+    prompts: int = Field(16, ge=1)
+    """Problems a step."""
+    group_size: int = Field(8, ge=1)
+    """Trajectories a problem (G)."""
+    max_turns: int = Field(4, ge=1)
+    """Turns of the policy; a call in the last turn is not executed."""
+    max_tokens: int = Field(256, ge=1)
+    """Tokens after the prompt, tool output included."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; log-probs of the learner use the same."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus; 1 = off."""
+    top_k: int = Field(0, ge=0)
+    """0 = off."""
+    observation_chars: int = Field(400, ge=16)
+    """Longest tool output shown to the model; the middle is cut."""
+    tool: bool = True
+    """False bans the string that opens a call."""
+    concurrency: int = Field(64, ge=1)
+    """Episodes in flight."""
+    max_failed_share: float = Field(0.5, gt=0, le=1)
+    """Stop the run when more than this share of a step's trajectories is lost to infrastructure."""
+
+
+class LearnerConfig(Section):
+    """Optimisation."""
+
+    lr: float = Field(1e-6, gt=0)
+    """Policy learning rate."""
+    critic_lr: float | None = Field(None, gt=0)
+    """Critic learning rate; default: twice `lr`."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning-rate schedule after the warm-up."""
+    warmup_steps: int = Field(0, ge=0)
+    """Optimiser steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moments."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Gradient norm limit."""
+    updates: int = Field(1, ge=1)
+    """Optimiser steps (mini-batches) a rollout and epoch."""
+    epochs: int = Field(1, ge=1)
+    """Passes over a rollout."""
+    micro_tokens: int = Field(8192, ge=1)
+    """Most tokens in a micro-batch (an atom larger than that travels alone)."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of the learner and the embedded engine; default: all cores, 1 with `deterministic`."""
+
+
+class DataConfig(Section):
+    """Cold-start traces (`retool data generate`)."""
+
+    problems: ProblemsConfig
+    """Problems to write traces for."""
+    teacher: Literal["programmatic"] = "programmatic"
+    """Who writes the reasoning."""
+    tool_share: float = Field(0.3, ge=0, le=1)
+    """Share of traces that call the tool, independent of the problem's family."""
+    seed: int = 0
+    """Seed of the choices."""
+
+
+class SftConfig(Section):
+    """Supervised fine-tuning on traces."""
+
+    data: str | None = None
+    """JSONL of traces; default: what `retool data generate` wrote for this recipe."""
+    steps: int = Field(250, ge=1)
+    """Optimiser steps."""
+    batch_size: int = Field(128, ge=1)
+    """Traces a step."""
+    lr: float = Field(1e-3, gt=0)
+    """Learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    """Learning-rate schedule after the warm-up."""
+    warmup_steps: int = Field(10, ge=0)
+    """Steps of linear warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW weight decay."""
+
+
+class EvalConfig(Section):
+    """Evaluation on held-out problems."""
+
+    problems: ProblemsConfig | None = None
+    """Held-out problems."""
+    every: int = Field(0, ge=0)
+    """Evaluate every so many RL steps; 0 = only when asked."""
+    samples: int = Field(1, ge=1)
+    """Samples a problem (k)."""
+    temperature: float = Field(1.0, ge=0)
+    """Sampling temperature of evaluation; 0 = greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of evaluation."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: str = "run"
+    """Name of the run."""
+    out: str = "runs/run"
+    """Run folder."""
+    seed: int = 0
+    """Seed of everything that is not a problem set."""
+    deterministic: bool = False
+    """Lockstep rollouts and fixed shapes: a resumed run ends in the same bits (CPU)."""
+    steps: int = Field(100, ge=1)
+    """RL steps."""
+    checkpoint_every: int = Field(10, ge=1)
+    """RL steps between checkpoints."""
+    model: ModelConfig = ModelConfig()
+    """The policy."""
+    problems: ProblemsConfig = ProblemsConfig()
+    """Training problems."""
+    protocol: ProtocolConfig = ProtocolConfig()
+    """Tool-call format."""
+    sandbox: SandboxConfig = SandboxConfig()
+    """The interpreter."""
+    reward: RewardConfig = RewardConfig()
+    """The reward."""
+    engine: EngineConfig = EngineConfig()
+    """The generation engine."""
+    rollout: RolloutConfig = RolloutConfig()
+    """Sampling of trajectories."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The algorithm."""
+    learner: LearnerConfig = LearnerConfig()
+    """Optimisation."""
+    data: DataConfig | None = None
+    """Cold-start data."""
+    sft: SftConfig | None = None
+    """Supervised fine-tuning before RL."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation."""

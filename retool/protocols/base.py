@@ -1,0 +1,73 @@
+"""How a tool call looks in text. One implementation a format; every one passes `tests/protocols/contract.py`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Call:
+    """A well-formed call; `start:end` is the range of characters of the call (tags included) in the turn's text."""
+
+    code: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Malformed:
+    """The turn ended like a call but holds nothing that could be run. `reason` is shown to the model."""
+
+    reason: str
+    start: int
+    end: int
+
+
+class ToolProtocol(Protocol):
+    """A grammar for tool calls. Texts here are decoded turns; ids are never made from them."""
+
+    name: str
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Strings that end a turn because they end a call."""
+        ...
+
+    @property
+    def call_open(self) -> str:
+        """The string that opens a call; banned when evaluating without the tool."""
+        ...
+
+    @property
+    def control(self) -> tuple[str, ...]:
+        """Strings that untrusted text must never contain."""
+        ...
+
+    def instructions(self) -> str:
+        """What the model is told about the tool, in front of the question."""
+        ...
+
+    def user_message(self, question: str) -> str:
+        """The whole user message of one problem, `question` already escaped."""
+        ...
+
+    def parse(self, turn_text: str) -> Call | Malformed | None:
+        """The last call of a turn, what is wrong with it, or None when the turn makes no call."""
+        ...
+
+    def observation(self, text: str) -> tuple[str, str, str]:
+        """(opening, body, closing) around an escaped tool result: the delta after a call's stop string."""
+        ...
+
+    def forged(self, policy_text: str) -> bool:
+        """True when the policy wrote an observation itself."""
+        ...
+
+    def strip_forged(self, policy_text: str) -> str:
+        """The text without the observation blocks that the policy wrote itself."""
+        ...
+
+    def answer(self, policy_text: str) -> str | None:
+        """The answer section of a finished text, or None."""
+        ...
