@@ -57,7 +57,7 @@ class ProblemsConfig(Section):
     """Configuration name of a hub data set."""
     split: str = "train"
     """Split of a hub data set."""
-    families: list[str] = []
+    families: tuple[str, ...] = ()
     """Names of procedural families: `retool objectives` lists algorithms, `retool explain problems.families` these."""
     count: int | None = Field(None, ge=1)
     """How many problems: required for procedural ones, a limit for the others."""
