@@ -33,7 +33,7 @@ def tiny_tokenizer(tags: tuple[str, ...] = DEFAULT_TAGS) -> PreTrainedTokenizerF
     chars = [*string.printable[:95], "\n"]
     vocab = {t: i for i, t in enumerate((*TINY_SPECIAL, *chars))}
     tok = Tokenizer(models.WordLevel(vocab, unk_token="<|unk|>"))
-    tok.pre_tokenizer = pre_tokenizers.Split(Regex("(?s:.)"), "isolated")
+    tok.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tok.decoder = decoders.Fuse()
     tok.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in TINY_SPECIAL])
     tok.add_tokens([AddedToken(t, special=False, normalized=False) for t in tags])
