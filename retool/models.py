@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from retool.config import ModelConfig, TinyModelConfig
+from retool.errors import UserError
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -24,7 +25,7 @@ TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>")
 DEFAULT_TAGS = ("<code>", "</code>", "<interpreter>", "</interpreter>", "<answer>", "</answer>")
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be used; the message says what to do."""
 
 
