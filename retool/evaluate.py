@@ -1,6 +1,6 @@
 """Evaluation: sample answers to held-out problems, with the tool and with the string that opens a call banned.
 
-    retool eval MODEL PROBLEMS [--k 16] [--no-tool]
+retool eval MODEL PROBLEMS [--k 16] [--no-tool]
 """
 
 from __future__ import annotations

@@ -51,5 +51,7 @@ def writable_folder(path: Path) -> Path:
         with tempfile.NamedTemporaryFile(dir=path):
             pass
     except OSError as e:
-        raise UserError(f"cannot write to the folder {str(path)!r}: {e.strerror or e}; choose another with out=FOLDER") from None
+        raise UserError(
+            f"cannot write to the folder {str(path)!r}: {e.strerror or e}; choose another with out=FOLDER"
+        ) from None
     return path

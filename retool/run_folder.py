@@ -1,10 +1,10 @@
 """The folder of a run: its resolved recipe, rollout log, learner ledger and checkpoints.
 
-    out/recipe.yaml           the recipe with every value filled in
-    out/rollouts/             the rollout log (who said what, what was rewarded)
-    out/learner.jsonl         what was trained on, step by step, and the metrics
-    out/checkpoints/00000010  learner state after 10 steps; `latest` is the highest complete one
-    out/model/                the trained policy as a transformers folder
+out/recipe.yaml           the recipe with every value filled in
+out/rollouts/             the rollout log (who said what, what was rewarded)
+out/learner.jsonl         what was trained on, step by step, and the metrics
+out/checkpoints/00000010  learner state after 10 steps; `latest` is the highest complete one
+out/model/                the trained policy as a transformers folder
 """
 
 from __future__ import annotations

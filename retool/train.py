@@ -56,12 +56,14 @@ def set_threads(recipe: Recipe) -> None:
 def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
     """The `count` problems of a step: passes over the whole set, each pass in its own order. A function of its
     arguments only, so a resumed run draws the same ones, none skipped and none twice in a pass."""
+    orders: dict[int, list[int]] = {}
     out: list[Problem] = []
     for i in range(step * count, (step + 1) * count):
         epoch, at = divmod(i, len(problems))
-        order = list(range(len(problems)))
-        random.Random(f"problems/{seed}/{epoch}").shuffle(order)
-        out.append(problems[order[at]])
+        if epoch not in orders:
+            orders[epoch] = list(range(len(problems)))
+            random.Random(f"problems/{seed}/{epoch}").shuffle(orders[epoch])
+        out.append(problems[orders[epoch][at]])
     return out
 
 

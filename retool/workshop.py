@@ -42,7 +42,9 @@ def make_sandbox(config: SandboxConfig) -> LocalSandbox:
 
 
 @asynccontextmanager
-async def open_workshop(recipe: Recipe, model: Any, tokenizer: Any, *, lockstep: bool = False) -> AsyncIterator[Workshop]:
+async def open_workshop(
+    recipe: Recipe, model: Any, tokenizer: Any, *, lockstep: bool = False
+) -> AsyncIterator[Workshop]:
     """Start every part; raises `SandboxError` or `UserError` when one cannot be had."""
     protocol = build_protocol(recipe.protocol)
     codec = Codec(tokenizer, protocol)
