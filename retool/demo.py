@@ -26,11 +26,10 @@ from retool.recipe import dump_recipe
 from retool.records import Trajectory
 from retool.sft import sft
 from retool.train import set_threads, tags_of, train
-from retool.viewer.demo_page import demo_page
+from retool.viewer.demo_page import STAGES, demo_page, summary_rows
 from retool.viewer.page import render
 from retool.workshop import open_workshop
 
-STAGES = ("base", "sft", "rl")
 OURS = ("sft", "rl", "traces.jsonl", "report.html", "summary.json", "recipe.yaml")
 
 
@@ -132,26 +131,6 @@ def print_summary(summary: dict[str, Any]) -> None:
     header, rows = summary_rows(summary)
     console.print(table("held-out accuracy (95 % interval) and share of answers that call the tool", header, rows))
     console.print("  ".join(f"{k} {v} s" for k, v in summary["seconds"].items()), markup=False)
-
-
-def summary_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: all problems, then family by family; a column pair a stage."""
-    header = ["problems", *(f"{s} {what}" for s in STAGES for what in ("with tool", "calls", "without"))]
-    families = list(summary["stages"]["rl"]["by_family"])
-    rows = []
-    for family in ("all", *families):
-        row = [family]
-        for stage in STAGES:
-            figures = summary["stages"][stage]
-            part = figures if family == "all" else figures["by_family"][family]
-            low, high = part["tool"]["ci95"]
-            row += [
-                f"{part['tool']['accuracy']:.2f} ({low:.2f}–{high:.2f})",
-                f"{part['tool']['code_ratio']:.2f}",
-                f"{part['no_tool']['accuracy']:.2f}",
-            ]
-        rows.append(row)
-    return header, rows
 
 
 def _fresh(out: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Recipes: read a YAML file, lay it over its preset and the defaults, apply `key=value` overrides, refuse what is wrong.
+"""Recipes: read a YAML file, lay it over its preset and the defaults, apply overrides, refuse what is wrong.
 
 recipe = load_recipe("recipes/demo.yaml", ["objective.preset=ppo", "learner.lr=1e-6"])
 """

@@ -23,6 +23,7 @@ from retool.recipe import dump_recipe
 # What may differ between a run and its continuation: nothing that changes what is sampled or learnt.
 FREE_ON_RESUME = ("steps", "checkpoint_every", "eval", "out", "sandbox", "name")
 KEEP_CHECKPOINTS = 2
+RECIPE, LEDGER, ROLLOUTS = "recipe.yaml", "learner.jsonl", "rollouts"
 
 
 class RunFolder:
@@ -30,10 +31,11 @@ class RunFolder:
 
     def __init__(self, recipe: Recipe, *, resume: bool) -> None:
         self.path = Path(recipe.out)
-        saved = self.path / "recipe.yaml"
+        saved = self.path / RECIPE
         if saved.exists() and not resume:
             raise UserError(
-                f"{str(self.path)!r} already holds a run; add --resume to go on with it, or choose another with out=FOLDER"
+                f"{str(self.path)!r} already holds a run; add --resume to go on with it, "
+                "or choose another folder with out=FOLDER"
             )
         if resume and not saved.exists():
             raise UserError(f"there is no run to resume in {str(self.path)!r}; leave out --resume to start one")
@@ -45,11 +47,11 @@ class RunFolder:
 
     @property
     def rollouts(self) -> Path:
-        return self.path / "rollouts"
+        return self.path / ROLLOUTS
 
     @property
     def ledger(self) -> Path:
-        return self.path / "learner.jsonl"
+        return self.path / LEDGER
 
     @property
     def model(self) -> Path:

@@ -3,7 +3,8 @@
     retool sft recipes/demo.yaml [key=value ...] [--resume]
 
 Loss on what the teacher wrote, never on what the interpreter answered (ReTool, section 3.1). The update is the
-learner's, with the preset `sft`; each step's batch is a function of (seed, step), so an interrupted run goes on exactly.
+learner's, with the preset `sft`; each step's batch is a function of (seed, step), so an interrupted run goes on
+exactly.
 """
 
 from __future__ import annotations

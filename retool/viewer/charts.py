@@ -44,7 +44,9 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Sequence[t
         for i, (name, values) in enumerate(series.items()):
             xs = [g + (i - (len(series) - 1) / 2) * width for g in range(len(groups))]
             errors = [[max(v - lo, 0) for v, lo, _ in values], [max(hi - v, 0) for v, _, hi in values]]
-            ax.bar(xs, [v for v, _, _ in values], width * 0.92, yerr=errors, label=name, color=PALETTE[i % 5], capsize=2)
+            ax.bar(
+                xs, [v for v, _, _ in values], width * 0.92, yerr=errors, label=name, color=PALETTE[i % 5], capsize=2
+            )
         ax.set_xticks(range(len(groups)), groups, fontsize=9)
         ax.set_ylim(0, 1.03)
         ax.set_title(title, fontsize=10, loc="left")

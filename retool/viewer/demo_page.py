@@ -11,6 +11,7 @@ from retool.viewer.charts import bar_chart, line_chart
 from retool.viewer.page import Page, trace_view
 
 TRACES_A_FAMILY = 2
+STAGES = ("base", "sft", "rl")
 STAGE_NAMES = {"base": "untrained", "sft": "after SFT", "rl": "after RL"}
 
 
@@ -28,7 +29,7 @@ def demo_page(
         "All figures are on problems it never saw; intervals are 95 %.",
     )
     page.tables = [
-        ("Accuracy and tool use", *_rows(summary)),
+        ("Accuracy and tool use", *summary_rows(summary)),
         ("Where the time went", list(summary["seconds"]), [[f"{v} s" for v in summary["seconds"].values()]]),
         ("Guarantees of the rollout", list(summary["rollout"]), [[f"{v:g}" for v in summary["rollout"].values()]]),
     ]
@@ -82,7 +83,21 @@ def _traces(trajectories: Sequence[Trajectory], codec: Codec) -> list[Any]:
     return out
 
 
-def _rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    from retool.demo import summary_rows  # the terminal's table and the page's are one
-
-    return summary_rows(summary)
+def summary_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: all problems, then family by family; a column pair a stage."""
+    header = ["problems", *(f"{s} {what}" for s in STAGES for what in ("with tool", "calls", "without"))]
+    families = list(summary["stages"]["rl"]["by_family"])
+    rows = []
+    for family in ("all", *families):
+        row = [family]
+        for stage in STAGES:
+            figures = summary["stages"][stage]
+            part = figures if family == "all" else figures["by_family"][family]
+            low, high = part["tool"]["ci95"]
+            row += [
+                f"{part['tool']['accuracy']:.2f} ({low:.2f}–{high:.2f})",
+                f"{part['tool']['code_ratio']:.2f}",
+                f"{part['no_tool']['accuracy']:.2f}",
+            ]
+        rows.append(row)
+    return header, rows

@@ -3,7 +3,6 @@ that holds `</script><img onerror=...>` is inert text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any
@@ -76,5 +75,3 @@ def _notes(t: Trajectory) -> str:
     calls = ", ".join(f"{c.status} in {c.run_ms:.0f} ms" for c in t.tool_calls) or "no call"
     score = f"score {t.reward.score:.2f}" if t.reward is not None else "no score"
     return f"{t.status}; {calls}; {score}; reference answer {t.problem.answer}"
-
-
