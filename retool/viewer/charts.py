@@ -16,7 +16,7 @@ PALETTE = ("#2563eb", "#d97706", "#059669", "#dc2626", "#7c3aed")
 
 
 def line_chart(title: str, series: Mapping[str, Sequence[float]], ylabel: str = "", bounded: bool = False) -> str:
-    """A chart of named series over steps as a `data:` URI. `bounded`: the y axis is 0..1. Not-finite points are gaps."""
+    """A chart of named series over steps as a `data:` URI. `bounded`: the y axis is 0..1. Other numbers are gaps."""
     fig, ax = plt.subplots(figsize=(4.6, 2.5), layout="constrained")
     try:
         for color, (name, values) in zip(PALETTE * 3, series.items(), strict=False):
