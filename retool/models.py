@@ -62,6 +62,7 @@ def tiny_model(config: TinyModelConfig, vocab_size: int, seed: int, eos: int, pa
                 num_key_value_heads=config.heads,
                 max_position_embeddings=config.context,
                 tie_word_embeddings=True,
+                initializer_range=config.init_std,
                 eos_token_id=eos,
                 pad_token_id=pad,
                 bos_token_id=None,

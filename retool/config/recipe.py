@@ -23,6 +23,8 @@ class TinyModelConfig(Section):
     """Width of the feed-forward layer."""
     context: int = Field(256, ge=16)
     """Longest sequence in tokens."""
+    init_std: float = Field(0.08, gt=0)
+    """Standard deviation of the initial weights; small models learn to copy much sooner with more than 0.02."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyModelConfig:
