@@ -209,6 +209,13 @@ class LearnerConfig(Section):
     """Passes over a rollout."""
     micro_tokens: int = Field(8192, ge=1)
     """Most tokens in a micro-batch (an atom larger than that travels alone)."""
+    micro_samples: int | None = Field(None, ge=1)
+    """Most samples in a micro-batch; default: as many as `micro_tokens` holds."""
+    layout: Literal["padded", "packed"] = "padded"
+    """`padded`: rows of similar length side by side. `packed`: one row end to end (needs an attention that skips
+    foreign tokens to be fast, so mostly for GPUs)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the learner and the embedded engine; default: all cores, 1 with `deterministic`."""
 
