@@ -86,6 +86,8 @@ class ProtocolConfig(Section):
     """Tags around a result."""
     answer: tuple[str, str] = ("<answer>", "</answer>")
     """Tags around the answer section."""
+    boxed: bool = True
+    r"""Whether the answer must stand in `\boxed{}`; false: the whole answer section is the answer."""
     instructions: str | None = None
     """Text in front of every question instead of the built-in instructions; an empty string for none."""
 

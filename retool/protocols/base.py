@@ -71,3 +71,19 @@ class ToolProtocol(Protocol):
     def answer(self, policy_text: str) -> str | None:
         """The answer section of a finished text, or None."""
         ...
+
+    def render_call(self, code: str) -> str:
+        """A call as the model should write it, up to and including its stop string; `parse` gives `code` back."""
+        ...
+
+    def render_answer(self, answer: str) -> str:
+        """An answer section as the model should write it; what a verifier extracts from it is `answer`."""
+        ...
+
+    def candidates(self, policy_text: str) -> list[str]:
+        """Every answer that the text offers in the place where answers are read; the last one counts."""
+        ...
+
+    def check(self, trace: str) -> list[str]:
+        """What is wrong with a whole trace (turns and observations) as training material; empty when nothing is."""
+        ...
