@@ -31,6 +31,10 @@ class Burst:
         self._interrupted = False
         self._threads = 0
 
+    def arm(self) -> None:
+        """Forget interruptions: whatever they were for is looked at from here on. Called from the event loop."""
+        self._interrupted = False
+
     def interrupt(self) -> None:
         """Come back after the current tick. Called from the event loop."""
         self._interrupted = True
@@ -47,13 +51,8 @@ class Burst:
         version: int,
         limit: float | None,
         threads: int,
-        stop_early: bool,
     ) -> int:
-        """Decode until a turn ends, `limit` (monotonic time) passes or an interruption; gives back sampled tokens.
-
-        `stop_early`: come back after one tick, because others wait to be admitted.
-        """
-        self._interrupted = False
+        """Decode until a turn ends, `limit` (monotonic time) passes or an interruption; gives back sampled tokens."""
         if threads != self._threads:  # the number of threads is a property of each thread that starts passes
             torch.set_num_threads(threads)
             self._threads = threads
@@ -68,7 +67,7 @@ class Burst:
             self.ticks += 1
             sampled += len(tokens)
             ended = self._book(turns, tokens, logprobs)
-            if ended or self._interrupted or stop_early or (limit is not None and time.monotonic() >= limit):
+            if ended or self._interrupted or (limit is not None and time.monotonic() >= limit):
                 return sampled
 
     def _book(self, turns: Sequence[Turn], tokens: list[int], logprobs: list[float]) -> bool:
@@ -118,27 +117,26 @@ class _Plan:
                 if bans is not None:
                     logits[i].masked_fill_(bans.mask(turn.row.tail.text), -torch.inf)
         counts = [len(t.row.ids) for t in self.turns]
+        tokens, values = self._draw(logits, counts, 0)
         attempt = 0
-        while True:
-            logp = processed_logprobs(logits, self.temperature, self.top_k, self.top_p)
-            tokens, values = draw(logp, uniforms(self.seeds, counts, attempt), self.greedy)
-            if attempt:
-                for i in range(len(tokens)):
-                    if i not in again:
-                        tokens[i], values[i] = kept[0][i], kept[1][i]
-            again = self._violations(tokens) if self.banned else set()
-            if not again:
-                return tokens, values
+        while self.banned and (bad := self._violations(tokens)):
             # only reachable where a banned string is spelled in fragments of characters, which no mask foresees
-            kept = (tokens, values)
-            for i in again:
-                logits[i, tokens[i]] = -torch.inf
             attempt += 1
+            for i in bad:
+                logits[i, tokens[i]] = -torch.inf
+            other_tokens, other_values = self._draw(logits, counts, attempt)
+            for i in bad:
+                tokens[i], values[i] = other_tokens[i], other_values[i]
+        return tokens, values
 
-    def _violations(self, tokens: list[int]) -> set[int]:
-        bad = set()
-        for i, turn in enumerate(self.turns):
-            bans = turn.active_bans()
-            if bans is not None and turn.row.tail.completes(tokens[i], bans.banned):
-                bad.add(i)
-        return bad
+    def _draw(self, logits: torch.Tensor, counts: list[int], attempt: int) -> tuple[list[int], list[float]]:
+        logp = processed_logprobs(logits, self.temperature, self.top_k, self.top_p)
+        return draw(logp, uniforms(self.seeds, counts, attempt), self.greedy)
+
+    def _violations(self, tokens: list[int]) -> list[int]:
+        """Turns whose token completes a banned string."""
+        return [
+            i
+            for i, turn in enumerate(self.turns)
+            if (bans := turn.active_bans()) is not None and turn.row.tail.completes(tokens[i], bans.banned)
+        ]

@@ -77,9 +77,9 @@ class Forward:
         top = max(r.cached for r in rows) + 1
         count = max(n for n in numbers if n is not None) + 1
         idle = [r.cached if r is not None else 0 for r in slots[:count]]
-        self.cache.reserve(max(top, *idle) + 1)
+        self.cache.reserve(top + 1)  # one more than needed: where an idle slot's dummy goes next time
         used = self._used(top)
-        if 2 * len(rows) > count:  # most of the first slots are at work: the idle ones are fed a dummy, nothing is copied
+        if 2 * len(rows) > count:  # idle slots among them are fed a dummy, and nothing is copied
             column, feed = idle, [0] * count
             for row, slot in zip(rows, numbers):
                 feed[slot] = row.ids[-1]  # type: ignore[index]

@@ -200,14 +200,21 @@ class TransformersEngine:
         turn.start, turn.tail = len(row.ids), row.tail.copy()
         row.turn = turn
         self._waiting.append(turn)
+        if not self.lockstep:
+            self._burst.interrupt()  # join between two ticks
         self._kick()
+        alarm = None
+        if deadline is not None:
+            alarm = asyncio.get_running_loop().call_later(max(0.0, deadline - time.monotonic()), self._wake)
         try:
             return await turn.future
         except asyncio.CancelledError:
             turn.abandoned = True
-            self._burst.interrupt()
-            self._kick()
+            self._wake()
             raise
+        finally:
+            if alarm is not None:
+                alarm.cancel()
 
     def _append(self, row: Row, ids: Sequence[int]) -> None:
         if row.closed:
@@ -247,15 +254,13 @@ class TransformersEngine:
         if row.turn is not None:
             row.turn.abandoned = True
             self._burst.interrupt()
-        elif row.slot is not None and not self._stepping:
+        elif row.slot is not None and not self._burst.running:
             self._drop_slot(row)
+        elif self._waiting and not self.lockstep:
+            self._burst.interrupt()  # its slot is wanted
         self._kick()
 
     # -- scheduling (event loop only) -------------------------------------------------------------------------------
-
-    @property
-    def _stepping(self) -> bool:
-        return self._burst.running
 
     def _ban(self, strings: tuple[str, ...], with_eos: bool) -> Bans:
         key = (tuple(dict.fromkeys(strings)), with_eos)
@@ -263,6 +268,11 @@ class TransformersEngine:
             tokens = self._eos if with_eos else frozenset()
             self._bans[key] = Bans(self._pieces, key[0], tokens, self._forward.device)
         return self._bans[key]
+
+    def _wake(self) -> None:
+        """Have the scheduler look at all turns soon."""
+        self._burst.interrupt()
+        self._kick()
 
     def _kick(self) -> None:
         if not self._closed and (self._task is None or self._task.done()) and (self._waiting or self._jobs):
@@ -292,6 +302,7 @@ class TransformersEngine:
 
     async def _serve(self) -> bool:
         """One burst, or False when there is nothing to do."""
+        self._burst.arm()
         while self._jobs:
             job, done = self._jobs.popleft()
             try:
@@ -309,9 +320,8 @@ class TransformersEngine:
         threads = torch.get_num_threads()
         turns, version = list(self._active), self._version
         limit = min((t.deadline for t in turns if t.deadline is not None), default=None)
-        hungry = bool(self._waiting) and not self.lockstep
         self._counts["decoded"] += await self._in_thread(
-            lambda: self._burst.run(turns, self._slots, version, limit, threads, stop_early=hungry)
+            lambda: self._burst.run(turns, self._slots, version, limit, threads)
         )
         self._sweep()
         await asyncio.sleep(0)  # let finished episodes hand in what comes next
