@@ -174,7 +174,7 @@ class Codec:
         """`text` with what the tokenizer cannot represent written as Python would escape it."""
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates
         unknown = self.tokenizer.unk_token_id
-        if unknown is None or text.isascii() and text.isprintable():
+        if unknown is None or (text.isascii() and text.isprintable()):
             return text
         return "".join(self._escapes.get(c) or self._escape_of(c, unknown) for c in text)
 
