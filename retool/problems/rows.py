@@ -130,4 +130,4 @@ def _pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _small(value: Any) -> bool:
-    return isinstance(value, int | float) or isinstance(value, str) and len(value) <= _LONGEST_META
+    return isinstance(value, int | float) or (isinstance(value, str) and len(value) <= _LONGEST_META)

@@ -3,7 +3,7 @@
 Sampled ids are never re-encoded: only deltas are encoded here (prompts, tool output, demonstrations). Untrusted text
 (questions, tool output) can never become a control token, by three independent means: control strings in it are broken
 with a backslash, special tokens are split, and the resulting ids are checked. The third matters because tokens added
-with `add_tokens` match even with `split_special_tokens=True`, and because a normaliser may create them from look-alikes.
+with `add_tokens` match even with `split_special_tokens=True`, and a normaliser may create them from look-alikes.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ class Codec:
         """`text` with what the tokenizer cannot represent written as Python would escape it."""
         text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # lone surrogates
         unknown = self.tokenizer.unk_token_id
-        if unknown is None or text.isascii() and text.isprintable():
+        if unknown is None or (text.isascii() and text.isprintable()):
             return text
         return "".join(self._escapes.get(c) or self._escape_of(c, unknown) for c in text)
 
