@@ -180,6 +180,8 @@ class RolloutConfig(Section):
     """False bans the string that opens a call."""
     concurrency: int = Field(64, ge=1)
     """Episodes in flight."""
+    engine_retries: int = Field(2, ge=0)
+    """How often a turn that the engine failed is asked for again before the trajectory is dropped."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Stop the run when more than this share of a step's trajectories is lost to infrastructure."""
 
