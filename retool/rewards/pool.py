@@ -15,6 +15,7 @@ from typing import Self
 
 import retool
 
+_REMEMBERED = 10_000  # pairs
 _START_SECONDS = 120.0  # importing sympy on a busy machine
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "HOME", "VIRTUAL_ENV", "SYSTEMROOT")
 
@@ -116,6 +117,7 @@ class WorkerPool:
         self._retries = retries
         command = command or (sys.executable, "-m", "retool.rewards.worker")
         self.workers = [Worker(command) for _ in range(workers)]
+        self._decided: dict[tuple[str, str], bool] = {}
         self._idle: asyncio.LifoQueue[Worker] = asyncio.LifoQueue()
 
     async def __aenter__(self) -> Self:
@@ -137,7 +139,19 @@ class WorkerPool:
         await asyncio.gather(*(w.stop() for w in self.workers))
 
     async def grade(self, gold: str, answer: str) -> bool | None:
-        """The verdict, or None: the verifier could not decide, or was killed or died in every try."""
+        """The verdict, or None: the verifier could not decide, or was killed or died in every try.
+
+        Decided pairs are remembered: the trajectories of a group often agree."""
+        if (gold, answer) in self._decided:
+            return self._decided[gold, answer]
+        verdict = await self._ask(gold, answer)
+        if verdict is not None:
+            if len(self._decided) >= _REMEMBERED:
+                del self._decided[next(iter(self._decided))]
+            self._decided[gold, answer] = verdict
+        return verdict
+
+    async def _ask(self, gold: str, answer: str) -> bool | None:
         for _ in range(1 + self._retries):
             worker = await self._idle.get()
             try:

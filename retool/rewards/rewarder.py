@@ -114,7 +114,9 @@ def _load(path: str) -> CustomReward:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise VerifierError(f"reward.custom: cannot load {path!r} ({error}); write it as package.module:function") from error
+        raise VerifierError(
+            f"reward.custom: cannot load {path!r} ({error}); write it as package.module:function"
+        ) from error
     if not callable(function):
         raise VerifierError(f"reward.custom: {path!r} is not a function")
     loaded: CustomReward = function
@@ -124,6 +126,6 @@ def _load(path: str) -> CustomReward:
 def _checked(result: object, path: str) -> RewardResult:
     if not isinstance(result, RewardResult):
         raise VerifierError(f"reward.custom: {path!r} returned {type(result).__name__}, not a RewardResult")
-    if not math.isfinite(result.score) or result.accuracy is not None and not 0 <= result.accuracy <= 1:
+    if not math.isfinite(result.score) or (result.accuracy is not None and not 0 <= result.accuracy <= 1):
         raise VerifierError(f"reward.custom: {path!r} returned score {result.score} and accuracy {result.accuracy}")
     return result
