@@ -23,7 +23,7 @@ COLUMNS = (
     ("length", "rollout/length", "{:.0f}"),
     ("entropy", "entropy", "{:.2f}"),
     ("kl", "approx_kl", "{:.4f}"),
-    ("loss", "loss", "{:.3f}"),
+    ("loss", "loss/nll", "{:.3f}"),
     ("gap", "max_logprob_gap", "{:.0e}"),
 )
 

@@ -28,14 +28,7 @@ async def evaluate(
 ) -> list[Trajectory]:
     """`recipe.eval.samples` trajectories a problem, sampled as `recipe.eval` says."""
     collector = Collector(workshop.engine, workshop.sandbox, workshop.codec, workshop.rewarder, recipe, log=None)
-    return await collector.evaluate(
-        problems,
-        samples=recipe.eval.samples,
-        tool=tool,
-        temperature=recipe.eval.temperature,
-        top_p=recipe.eval.top_p,
-        progress=progress,
-    )
+    return await collector.evaluate(problems, recipe.eval.samples, tool, progress=progress)
 
 
 def scorecard(trajectories: Sequence[Trajectory]) -> dict[str, Any]:

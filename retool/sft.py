@@ -12,19 +12,18 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from data_gen import Trace, load_traces, trace_to_transcript
 from retool.config import Recipe
 from retool.errors import UserError
 from retool.files import write_text
-from retool.learner import Learner
+from retool.learner import Learner, sft_recipe
 from retool.models import load_model, load_tokenizer
 from retool.objectives import build_objective
 from retool.protocols import build_protocol
 from retool.protocols.codec import Codec
-from retool.recipe import resolve
 from retool.records import TrainSample
 from retool.run_folder import RunFolder
 from retool.train import StepCallback, set_threads, tags_of
@@ -41,29 +40,11 @@ class SftResult:
     metrics: list[dict[str, float]] = field(default_factory=list)
 
 
-def sft_recipe(recipe: Recipe) -> Recipe:
-    """The recipe of the SFT stage: same model and protocol, preset `sft`, the `sft` section's optimisation."""
+def sft_stage(recipe: Recipe) -> Recipe:
+    """The recipe of the SFT stage, in a folder of its own. Raises `UserError` when there is no `sft` section."""
     if recipe.sft is None:
         raise UserError("this recipe has no `sft` section; add one (steps, batch_size, lr) or use another recipe")
-    raw = recipe.model_dump(mode="json", exclude={"objective", "learner", "out", "steps"}, exclude_unset=True)
-    s = recipe.sft
-    return resolve(
-        {
-            **raw,
-            "objective": {"preset": "sft"},
-            "learner": {
-                "lr": s.lr,
-                "schedule": s.schedule,
-                "warmup_steps": s.warmup_steps,
-                "weight_decay": s.weight_decay,
-                "micro_tokens": recipe.learner.micro_tokens,
-                "threads": recipe.learner.threads,
-            },
-            "steps": s.steps,
-            "out": str(Path(recipe.out) / "sft"),
-        },
-        where="sft",
-    )
+    return sft_recipe(recipe).model_copy(update={"out": str(Path(recipe.out) / "sft")})
 
 
 def default_traces(recipe: Recipe) -> Path:
@@ -71,22 +52,22 @@ def default_traces(recipe: Recipe) -> Path:
     return Path(recipe.sft.data) if recipe.sft is not None and recipe.sft.data else Path(recipe.out) / "traces.jsonl"
 
 
-def batch_of_step(n: int, step: int, size: int, seed: int) -> list[int]:
-    """Indices of a step's traces: passes over all of them, each in its own order."""
-    out: list[int] = []
+def batch_of_step(n: int, step: int, size: int, seed: int) -> list[tuple[int, int]]:
+    """(pass, index) of a step's traces: passes over all of them, each in its own order."""
+    out: list[tuple[int, int]] = []
     orders: dict[int, list[int]] = {}
     for i in range(step * size, (step + 1) * size):
         epoch, at = divmod(i, n)
         if epoch not in orders:
             orders[epoch] = list(range(n))
             random.Random(f"sft/{seed}/{epoch}").shuffle(orders[epoch])
-        out.append(orders[epoch][at])
+        out.append((epoch, orders[epoch][at]))
     return out
 
 
 def sft(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = None) -> SftResult:
     """Train on the recipe's traces. Raises `UserError` for what the user can mend."""
-    mine = sft_recipe(recipe)
+    mine = sft_stage(recipe)
     set_threads(mine)
     assert mine.sft is not None
     tokenizer = load_tokenizer(mine.model, tags_of(mine))
@@ -95,7 +76,7 @@ def sft(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = 
     model = load_model(mine.model, tokenizer, mine.seed)
     samples = [_sample(t, codec) for t in traces]
     folder = RunFolder(mine, resume=resume)
-    learner = Learner.create(mine, build_objective(mine.objective), model, tokenizer)
+    learner = Learner.create(mine, build_objective(mine), model, tokenizer)
     result = SftResult(folder)
     latest = folder.latest()
     first = 0
@@ -105,7 +86,7 @@ def sft(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = 
         result.metrics = _read(folder.path / "metrics.jsonl")[:first]
     for step in range(first, mine.steps):
         rows = batch_of_step(len(samples), step, mine.sft.batch_size, mine.seed)
-        metrics = learner.step([samples[i] for i in rows])
+        metrics = learner.step([replace(samples[i], id=f"{epoch}/{samples[i].id}") for epoch, i in rows])
         result.metrics.append(metrics)
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < mine.steps:
             _save(folder, learner, step + 1, result.metrics)

@@ -27,8 +27,8 @@ from retool.problems import load_problems
 from retool.records import Group, Problem
 from retool.rollout.collector import Collector
 from retool.rollout.groups import to_samples
-from retool.rollout.learner_ledger import LearnerLedger
 from retool.rollout.log import RolloutLog
+from retool.rollout.step_ledger import StepLedger
 from retool.run_folder import RunFolder
 from retool.statistics import summarise
 from retool.workshop import Workshop, open_workshop
@@ -74,15 +74,16 @@ async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback |
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe))
     model = load_model(recipe.model, tokenizer, recipe.seed)
     folder = RunFolder(recipe, resume=resume)
-    learner = Learner.create(recipe, build_objective(recipe.objective), model, tokenizer)
+    learner = Learner.create(recipe, build_objective(recipe), model, tokenizer)
     latest = folder.latest()
     if latest is not None:
         learner.load(latest[1])
     first = latest[0] if latest is not None else 0
     result = TrainResult(folder)
-    with RolloutLog(folder.rollouts) as log, LearnerLedger(folder.ledger) as ledger:
-        ledger.truncate_after(first)
-        result.metrics = ledger.metrics()
+    with RolloutLog(folder.rollouts) as log:
+        ledger = StepLedger(folder.ledger)
+        ledger.truncate_after(first - 1)
+        result.metrics = [r.metrics for r in ledger.read() if r.metrics is not None]
         async with open_workshop(recipe, learner.policy.model, tokenizer, lockstep=recipe.deterministic) as workshop:
             await workshop.engine.sync(None, learner.version)
             loop = _Loop(recipe, problems, learner, workshop, log, ledger)
@@ -112,21 +113,24 @@ class _Loop:
         learner: Learner,
         workshop: Workshop,
         log: RolloutLog,
-        ledger: LearnerLedger,
+        ledger: StepLedger,
     ) -> None:
         self.recipe, self.problems, self.learner, self.workshop = recipe, problems, learner, workshop
         self.log, self.ledger = log, ledger
         self.collector = Collector(
             workshop.engine, workshop.sandbox, workshop.codec, workshop.rewarder, recipe, log=log
         )
+        self.min_usable = 2 if learner.objective.structure.kind == "group" else 1
 
     async def step(self, step: int) -> dict[str, float]:
         wanted = problems_of_step(self.problems, step, self.recipe.rollout.prompts, self.recipe.seed)
         groups = await self.collector.collect(step, wanted, self.learner.version)
-        samples = to_samples(groups, self.recipe)
-        self.ledger.begin(step, [s.id for s in samples])
-        metrics = {**rollout_metrics(groups), **self.learner.step(samples), **self.collector.counters}
-        self.ledger.end(step, metrics)
+        counters = self.collector.counters
+        samples = to_samples(groups, self.min_usable, counters)
+        self.ledger.plan(step, [s.id for s in samples])
+        metrics = {**rollout_metrics(groups), **self.learner.step(samples)}
+        metrics.update({f"count/{name}": float(n) for name, n in counters.items()})
+        self.ledger.finish(step, metrics)
         await self.workshop.engine.sync(None, self.learner.version)
         return metrics
 

@@ -60,7 +60,7 @@ def rl_charts(metrics: Sequence[dict[str, float]]) -> list[str]:
 
 
 def _sft_chart(metrics: Sequence[dict[str, float]]) -> list[str]:
-    return [line_chart("SFT loss", {"loss": [m.get("loss", float("nan")) for m in metrics]})] if metrics else []
+    return [line_chart("SFT loss", {"loss": [m.get("loss/nll", float("nan")) for m in metrics]})] if metrics else []
 
 
 def _accuracy_bars(summary: dict[str, Any]) -> str:

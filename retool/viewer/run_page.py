@@ -12,8 +12,8 @@ from retool.files import write_text
 from retool.models import load_tokenizer
 from retool.protocols import build_protocol
 from retool.protocols.codec import Codec
-from retool.rollout.learner_ledger import LearnerLedger
 from retool.rollout.log import RolloutLog
+from retool.rollout.step_ledger import read_steps
 from retool.run_folder import LEDGER, RECIPE, ROLLOUTS
 from retool.train import tags_of
 from retool.viewer.demo_page import rl_charts
@@ -27,14 +27,14 @@ def write_run_page(run: Path, out: Path) -> Path:
     if not (run / RECIPE).exists() or not (run / LEDGER).exists():
         raise UserError(f"{str(run)!r} is not the folder of an RL run (no {RECIPE} and {LEDGER} in it)")
     recipe = Recipe.model_validate(yaml.safe_load((run / RECIPE).read_text(encoding="utf-8")))
-    metrics = LearnerLedger.read_metrics(run / LEDGER)
+    metrics = [r.metrics for r in read_steps(run / LEDGER) if r.metrics is not None]
     codec = Codec(load_tokenizer(recipe.model, tags_of(recipe)), build_protocol(recipe.protocol))
     page = Page(recipe.name, f"{len(metrics)} of {recipe.steps} steps, objective {recipe.objective.preset}.")
     page.charts = rl_charts(metrics)
     if metrics:
         last = metrics[-1]
         page.tables = [("Last step", ["metric", "value"], [[k, f"{v:.6g}"] for k, v in sorted(last.items())])]
-        with RolloutLog.open_readonly(run / ROLLOUTS) as log:
+        with RolloutLog(run / ROLLOUTS, read_only=True) as log:
             steps = log.steps()
             for step in dict.fromkeys((steps[0], steps[-1])) if steps else ():
                 views = [

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from retool.rollout.log import RolloutLog
 from safetensors.torch import load_file
+
+from retool.rollout.log import RolloutLog
 
 REPO = Path(__file__).parents[2]
 
@@ -50,7 +51,7 @@ def trained_ids(run: Path) -> list[tuple[int, tuple[str, ...]]]:
 
 def logged_ids(run: Path) -> dict[int, list[str]]:
     """step -> trajectory ids in the rollout log."""
-    with RolloutLog.open_readonly(run / "rollouts") as log:
+    with RolloutLog(run / "rollouts", read_only=True) as log:
         return {s: [t.id for g in log.read_step(s) for t in g.trajectories] for s in log.steps()}
 
 
