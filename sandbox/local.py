@@ -1,7 +1,7 @@
 """The embedded sandbox: a supervisor process of our own behind a socket pair. No Docker, no port, no service.
 
-    async with LocalSandbox(profile="py-math") as box:
-        print((await box.exec("2**100")).stdout)
+async with LocalSandbox(profile="py-math") as box:
+    print((await box.exec("2**100")).stdout)
 """
 
 from __future__ import annotations
@@ -292,3 +292,15 @@ def _result(fields: dict[str, Any]) -> ExecResult:
             "exception": ExceptionInfo(**exception) if exception else None,
         }
     )
+
+
+async def survey(profile: str = "py-bare") -> list[dict[str, Any]]:
+    """Attack every tier on this machine: rows of tier, holds, reason, needs. Raises `SandboxError`."""
+    link = _Link(Settings(profile=profile, workers=1, survey=True, module_paths=module_paths(profile)))
+    try:
+        hello = await link.open()
+        if "error" in hello:
+            raise _error(hello["error"])
+        return list(hello["survey"])
+    finally:
+        await link.close()

@@ -56,9 +56,7 @@ def build(read: Iterable[str], write: Iterable[str], devices: Iterable[str]) -> 
     files, net, scoped = _handled(abi())
     attr = _RulesetAttr(files, net, scoped)
     size = 8 if not net else (16 if not scoped else 24)
-    ruleset = syscall(
-        "landlock_create_ruleset", _CREATE, ctypes.byref(attr), ctypes.c_size_t(size), ctypes.c_uint(0)
-    )
+    ruleset = syscall("landlock_create_ruleset", _CREATE, ctypes.byref(attr), ctypes.c_size_t(size), ctypes.c_uint(0))
     for paths, access in ((read, _READ), (write, files), (devices, _READ_FILE | _WRITE_FILE)):
         for path in paths:
             allow(ruleset, path, access & files)

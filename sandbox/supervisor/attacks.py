@@ -5,7 +5,7 @@ An attack that fails without confinement proves nothing, so a tier is never beli
 
 from __future__ import annotations
 
-SCRIPT = r'''
+SCRIPT = r"""
 import json, os, socket, sys
 told = json.loads(sys.stdin.readline())
 breached = {}
@@ -74,7 +74,7 @@ except BaseException as error:
     why = f"{type(error).__name__}: {error}"
 sys.stdout.write(json.dumps({"breached": breached, "broken": why}) + "\n")
 sys.stdout.flush()
-'''
+"""
 """Reads one line of JSON from standard input, writes one. `signal` and `daemon` are judged by what we see, not by it."""
 
 LAZY_MODULES = {"numpy": "numpy.polynomial.hermite_e", "sympy": "sympy.physics.units"}

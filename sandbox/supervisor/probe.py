@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -85,35 +86,39 @@ class Probe:
     async def _run_control(self) -> dict[str, bool]:
         """The attacks without any confinement: name -> whether it worked."""
         before = self.signals
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-s", "-P", "-c", SCRIPT),
+        breached = await asyncio.to_thread(self._control_process)
+        breached["signal"] = self.signals > before
+        return breached
+
+    def _control_process(self) -> dict[str, bool]:
+        with subprocess.Popen(
+            [sys.executable, "-s", "-P", "-c", SCRIPT],
             env=CLEAN_ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=self.outside,
             start_new_session=True,
-        )
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(self._told("control", True, []).encode())
-        process.stdin.close()
-        line = await asyncio.wait_for(process.stdout.readline(), _CONTROL_TIMEOUT_S)
-        await process.wait()
-        breached = dict(json.loads(line)["breached"])
-        try:  # end of file would mean that nobody holds the pipe any more
-            await asyncio.wait_for(process.stdout.read(1), 0.02)
-            breached["daemon"] = False
-        except TimeoutError:
-            pass
-        breached["signal"] = self.signals > before
-        return breached
+        ) as process:
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(self._told("control", True, []).encode())
+                process.stdin.close()
+                line = process.stdout.readline()
+                process.wait(_CONTROL_TIMEOUT_S)
+                breached = dict(json.loads(line)["breached"])
+                # End of file would mean that nobody holds the pipe any more: no daemon.
+                breached["daemon"] = not select.select([process.stdout], [], [], 0.02)[0]
+                return breached
+            finally:
+                process.kill()
 
     async def check(self, pool: Pool) -> str:
         """Attack the pool's tier; the reason it does not hold, or an empty string. Raises `SandboxInfraError`."""
         assert self._control is not None
         try:
             control = await asyncio.shield(self._control)
-        except (OSError, ValueError, TimeoutError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             return f"the attacks could not be tried without confinement: {type(error).__name__}: {error}"
         useless = [NAMES[name] for name, worked in control.items() if not worked]
         if useless:

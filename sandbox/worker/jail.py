@@ -34,9 +34,8 @@ def make_ruleset(tier: Tier, python_paths: tuple[str, ...]) -> int:
     """Landlock rules shared by all children of a unit; -1 where the tier has none. Write access is added by child."""
     if tier.name == "none" or (not tier.landlock and landlock.abi() == 0):
         return -1
-    read = [*root.SYSTEM_PATHS, *root.ETC_FILES, *python_paths]
-    if tier.namespaces:
-        read += ["/etc", "/proc", "/dev"]
+    # In `ns` the root itself is private; elsewhere only what the interpreter needs may be read.
+    read = ["/"] if tier.namespaces else [*root.SYSTEM_PATHS, *root.ETC_FILES, *python_paths]
     return landlock.build(read, [], root.DEVICES)
 
 

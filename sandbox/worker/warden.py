@@ -45,6 +45,21 @@ def enter_namespaces(python_paths: tuple[str, ...], uid: int) -> None:
         root.build(python_paths)
 
 
+def _enter_process_namespace(sockets: tuple[socket.socket, ...]) -> int:
+    """Go on as process 1 of a process namespace: only one that our user namespace owns may be returned to by `setns`.
+
+    Returns 0 there. The process outside waits for it and returns its exit status; each dies with the other.
+    """
+    sys_.unshare(sys_.CLONE_NEWPID)
+    pid = os.fork()
+    if pid == 0:
+        sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+        return 0
+    for sock in sockets:
+        sock.close()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or 255
+
+
 def _init() -> NoReturn:
     """Process 1 of one run: reaps orphans until it is killed, and the kernel kills the rest with it."""
     sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -203,6 +218,8 @@ def main(config: dict[str, Any]) -> int:
         print(json.dumps({"step": str(error)}), file=sys.stderr, flush=True)
         return 3
     jail = Jail(tier, ruleset, config["tmp_mb"], config["work_root"])
+    if tier.namespaces and (outer := _enter_process_namespace((control, zygote_control))):
+        return outer
     pid = os.fork()
     if pid == 0:
         control.close()
@@ -219,7 +236,7 @@ def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoRet
         sys.path[:] = [*sys.path, *(path for path in config["module_paths"] if path not in sys.path)]
         warm(PROFILES[config["profile"]])
         base = address_space()
-        wire.send_packet(control, wire.READY, 0, (base, os.getpid(), threads()))
+        wire.send_packet(control, wire.READY, 0, (base, int(os.readlink("/proc/self")), threads()))
         Zygote(control, jail, base).serve()
     except BaseException as error:
         print(json.dumps({"step": f"warming up: {type(error).__name__}: {error}"}), file=sys.stderr, flush=True)
