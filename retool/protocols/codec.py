@@ -3,7 +3,7 @@
 Sampled ids are never re-encoded: only deltas are encoded here (prompts, tool output, demonstrations). Untrusted text
 (questions, tool output) can never become a control token, by three independent means: control strings in it are broken
 with a backslash, special tokens are split, and the resulting ids are checked. The third matters because tokens added
-with `add_tokens` match even with `split_special_tokens=True`, and because a normaliser may create them from look-alikes.
+with `add_tokens` match even with `split_special_tokens=True`, and a normaliser may create them from look-alikes.
 """
 
 from __future__ import annotations
