@@ -12,7 +12,6 @@ from tests.engines.contract import EngineContract
 from tests.engines.speakers import PROMPT, REST, RESULT, STOP, TURN, bpe_tokenizer, encode, tag_tokenizer
 
 
-
 class TestScripted(EngineContract):
     def tokenizer(self, kind: str) -> Any:
         return bpe_tokenizer() if kind == "bpe" else tag_tokenizer()
