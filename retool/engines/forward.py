@@ -93,7 +93,7 @@ class Forward:
         for row in rows:
             row.cached += 1
             row.fed = max(row.fed, row.cached)
-        if select is None and len(rows) != count:
+        if select is None and numbers != list(range(count)):  # logits come in the order of slots
             logits = logits[torch.tensor(numbers, device=self.device)]
         return logits
 
