@@ -52,11 +52,11 @@ def product(rng: random.Random) -> Item:
     return Item(f"What is {a}*{b}?", str(a * b), f"print({a}*{b})")
 
 
-@register("power_mod", "remainder of a power, three operands", needs_tool=True)
+@register("power_mod", "remainder of a power, three operands, in Python's notation", needs_tool=True)
 def power_mod(rng: random.Random) -> Item:
     base, exponent, modulus = rng.randint(11, 99), rng.randint(11, 99), rng.randint(101, 999)
     return Item(
-        f"What is {base}^{exponent} mod {modulus}?",
+        f"Find {base}**{exponent}%{modulus}.",
         str(pow(base, exponent, modulus)),
         f"print({base}**{exponent}%{modulus})",
     )
