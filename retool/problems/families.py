@@ -37,9 +37,10 @@ FAMILIES: dict[str, Family] = {}
 def register(name: str, summary: str, needs_tool: bool) -> Callable[[Callable[[random.Random], Item]], Family]:
     """Decorator that makes a family known to recipes. Raises `ValueError` when the name is taken."""
 
+    if name in FAMILIES:
+        raise ValueError(f"problem family {name!r} exists already; choose another name")
+
     def add(make: Callable[[random.Random], Item]) -> Family:
-        if name in FAMILIES:
-            raise ValueError(f"problem family {name!r} exists already; choose another name")
         FAMILIES[name] = Family(name, summary, needs_tool, make)
         return FAMILIES[name]
 
