@@ -102,6 +102,16 @@ def test_unusable_sets_are_refused_with_place_and_reason(
         load_problems(config(jsonl(tmp_path, *rows), **keys))
 
 
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path, GOOD, {"question": "q", "answer": None}, {"question": "q", "answer": "2"})
+    assert [p.id for p in load_problems(config(path, skip_bad=True))] == ["set:1", "set:3"]
+    assert "left out 1 of 3 rows" in caplog.text
+    with pytest.raises(ProblemError, match="no field"):  # a wrong field name is a mistake, not a bad row
+        load_problems(config(path, skip_bad=True, answer_field="result"))
+    with pytest.raises(ProblemError, match="no problems in it"):
+        load_problems(config(jsonl(tmp_path, {"question": "q", "answer": None}), skip_bad=True))
+
+
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ProblemError, match=r"there is no file nowhere\.jsonl"):
         load_problems(config("nowhere.jsonl"))
@@ -145,16 +155,12 @@ def test_without_the_datasets_library_the_error_says_what_to_install(monkeypatch
     ("file", "keys", "rows"),
     [
         (("gsm8k", "test.jsonl"), {"answer_pattern": r"####\s*(.+)"}, 1319),
-        (("math", "train.jsonl"), {"prompt_field": "problem"}, 7474),
+        (("math", "train.jsonl"), {"prompt_field": "problem", "skip_bad": True}, 7470),
         (("math500", "test.jsonl"), {"prompt_field": "problem"}, 500),
         (("aime", "aime24.jsonl"), {"prompt_field": "input", "answer_field": "output"}, 30),
     ],
 )
 def test_real_sets(file: tuple[str, str], keys: dict[str, Any], rows: int) -> None:
-    path = shared(*file)
-    try:
-        problems = load_problems(config(str(path), **keys))
-    except ProblemError as error:
-        pytest.fail(str(error))
+    problems = load_problems(config(str(shared(*file)), **keys))
     assert len(problems) == len({p.id for p in problems}) == rows
     assert all(p.answer and p.prompt for p in problems)
