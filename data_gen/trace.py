@@ -62,7 +62,10 @@ class Trace:
         """Raises `DataError` when fields are missing or segments do not alternate."""
         try:
             told = row["problem"]
-            problem = Problem(*(str(told[k]) for k in ("id", "prompt", "answer", "source", "family")))
+            identity, prompt, answer, source, family = (
+                str(told[k]) for k in ("id", "prompt", "answer", "source", "family")
+            )
+            problem = Problem(identity, prompt, answer, source, family)
             segments = tuple(Segment(s["origin"], str(s["text"])) for s in row["segments"])
             trace = cls(str(row["id"]), problem, segments, int(row["tool_calls"]), str(row["family"]))
         except (KeyError, TypeError, ValueError) as error:

@@ -73,6 +73,8 @@ class ProblemsConfig(Section):
     """Row field that holds the reference answer."""
     answer_pattern: str | None = None
     r"""Regular expression whose first group is the answer inside the field, e.g. `####\s*(.+)` for GSM8K."""
+    skip_bad: bool = False
+    """Leave out rows without a question or an answer, with a warning that counts them, instead of refusing the set."""
 
 
 class ProtocolConfig(Section):
