@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from retool.errors import UserError
 from retool.protocols import Codec, ToolProtocol
 from retool.records import Problem
 from retool.transcript import Span, Transcript
@@ -24,7 +25,7 @@ from retool.transcript import Span, Transcript
 SegmentOrigin = Literal["demo", "tool"]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Traces that cannot be made or read; says which file and line, and what to do."""
 
 

@@ -203,11 +203,27 @@ def main() -> None:
         app()
     except (UserError, ConfinementUnavailable) as e:
         _fail(e, 2)
-    except SandboxError as e:
+    except Exception as e:
+        if not isinstance(e, _our_failures()):
+            raise
         _fail(e, 1)
     except KeyboardInterrupt:
         errors.print("interrupted")
         raise SystemExit(130) from None
+
+
+def _our_failures() -> tuple[type[Exception], ...]:
+    """Failures of a run that say themselves what happened; their modules are loaded when they are raised."""
+    found = (
+        ("retool.engines.base", "EngineError"),
+        ("retool.learner.guard", "LearnerStopped"),
+        ("retool.rewards.pool", "VerifierError"),
+        ("retool.rollout.collector", "RolloutError"),
+        ("retool.rollout.log", "RolloutLogError"),
+        ("retool.rollout.step_ledger", "StepLedgerError"),
+    )
+    loaded = (getattr(sys.modules[module], name) for module, name in found if module in sys.modules)
+    return (SandboxError, *loaded)
 
 
 def _fail(error: Exception, code: int) -> None:

@@ -49,7 +49,10 @@ def inspect_data(file: Path, show: int) -> None:
     """Statistics and a few traces."""
     found = inspect(file, show)
     rows = [[k, str(v)] for k, v in found.items() if k not in ("samples", "families")]
-    rows += [[f"family {f}", f"{v['traces']} traces, {v['tool_share']:.2f} with a call"] for f, v in found["families"].items()]
+    rows += [
+        [f"family {f}", f"{v['traces']} traces, {v['tool_share']:.2f} with a call"]
+        for f, v in found["families"].items()
+    ]
     console.print(table(str(file), ["what", "value"], rows))
     for row in found["samples"]:
         console.rule(row["id"])

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from retool.errors import UserError
+
 CHUNK_ELEMENTS = 1 << 24
 """Logits of one chunk (64 MiB in fp32)."""
 
 
-class HeadError(ValueError):
+class HeadError(UserError):
     """A model whose logits are not what this head computes."""
 
 

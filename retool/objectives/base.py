@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
+from retool.errors import UserError
 from retool.objectives.aggregate import Rule
 from retool.objectives.batch import Atom, Batch, Forward
 
@@ -20,7 +21,7 @@ SCORES = ("logp_old", "logp_ref", "value", "entropy", "bootstrap")
 """Columns that only a pass through the networks can give."""
 
 
-class ObjectiveError(ValueError):
+class ObjectiveError(UserError):
     """Choices that do not go together, or data that does not fit them; the message says what to change."""
 
 

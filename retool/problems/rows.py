@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retool.config import ProblemsConfig
+from retool.errors import UserError
 from retool.records import Problem
 
 _LONGEST_META = 500  # characters of a row's other fields that are worth carrying along
@@ -19,7 +20,7 @@ _FIX = "correct or remove the row, or set problems.skip_bad"
 Row = tuple[str, Mapping[str, Any], str]  # where it stands, the row, its identity in the set
 
 
-class ProblemError(ValueError):
+class ProblemError(UserError):
     """A problem set that cannot be used: says which file and row, and what to do."""
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from retool.errors import UserError
 from retool.protocols.base import ToolProtocol
 from retool.records import Problem
 
@@ -20,7 +21,7 @@ _ANCHOR_TOKENS = 8  # how much of what came before is shown to the tokenizer whe
 _SLOT = "\ue000question\ue000"  # stands for the question while the chat template is rendered
 
 
-class CodecError(ValueError):
+class CodecError(UserError):
     """Text or a tokenizer that cannot be encoded safely; the message says what to do."""
 
 

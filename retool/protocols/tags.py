@@ -17,6 +17,7 @@ import textwrap
 from functools import cached_property
 
 from retool.config import ProtocolConfig
+from retool.errors import UserError
 from retool.protocols import grammar
 from retool.protocols.base import Call, Malformed, ToolProtocol
 from retool.protocols.boxed import boxed
@@ -24,7 +25,7 @@ from retool.protocols.boxed import boxed
 _FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.IGNORECASE | re.DOTALL)
 
 
-class ProtocolError(ValueError):
+class ProtocolError(UserError):
     """A protocol that cannot be built; the message says what to change."""
 
 

@@ -1,4 +1,5 @@
-"""The demo's machinery on a very small budget: files, schema, guarantees. (That it teaches is benchmarks/demo_seeds.)"""
+"""The demo's machinery on a very small budget: files, schema, guarantees. benchmarks/demo_seeds shows that it
+teaches."""
 
 from __future__ import annotations
 
@@ -74,9 +75,8 @@ def test_view_and_eval_work_on_what_it_left(demo: Path) -> None:
     assert seen.returncode == 0, seen.stderr
     assert (demo / "rl" / "report.html").exists()
     out = demo / "eval.json"
-    done = retool(
-        "eval", str(demo / "rl" / "model"), "recipes/demo.yaml", "--limit", "6", "--k", "2", "--out", str(out), "--show", "1"
-    )
+    flags = ("--limit", "6", "--k", "2", "--out", str(out), "--show", "1")
+    done = retool("eval", str(demo / "rl" / "model"), "recipes/demo.yaml", *flags)
     assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["figures"]["n"] == 12 and len(result["trajectories"]) == 12
