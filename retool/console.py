@@ -67,11 +67,11 @@ def bar(title: str, total: int) -> Iterator[Bar]:
         yield Bar(title, total, progress)
 
 
-def table(title: str, header: list[str], rows: list[list[str]]) -> Table:
-    """A plain table; the first column is text, the others are figures."""
+def table(title: str, header: list[str], rows: list[list[str]], figures: bool = True) -> Table:
+    """A plain table; the first column is text, the others are figures or, with `figures=False`, text too."""
     out = Table(title=title, title_justify="left")
     for i, name in enumerate(header):
-        out.add_column(name, justify="left" if i == 0 else "right")
+        out.add_column(name, justify="right" if figures and i > 0 else "left")
     for row in rows:
         out.add_row(*row)
     return out

@@ -25,7 +25,9 @@ def print_objectives(as_json: bool) -> None:
     if as_json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
-    console.print(table("objectives", list(rows[0]), [[escape(str(v)) for v in row.values()] for row in rows]))
+    console.print(
+        table("objectives", list(rows[0]), [[escape(str(v)) for v in row.values()] for row in rows], figures=False)
+    )
     console.print("use one with: retool train RECIPE objective=NAME", markup=False)
 
 
@@ -67,7 +69,7 @@ def print_doctor() -> None:
 
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
     rows.append(["gpu", gpu, "" if gpu != "none" else "not needed; large models want one"])
-    console.print(table("this machine", ["what", "found", "what to do"], rows))
+    console.print(table("this machine", ["what", "found", "what to do"], rows, figures=False))
     from retool.sandbox_command import print_capabilities
 
     print_capabilities()

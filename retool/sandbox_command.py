@@ -30,4 +30,5 @@ def print_capabilities() -> None:
     """The isolation tiers of this machine, strongest first, as found by attacking them."""
     rows = capability_table()
     if rows:
-        console.print(table("isolation tiers", list(rows[0]), [[str(v) for v in row.values()] for row in rows]))
+        cells = [["yes" if v is True else "no" if v is False else str(v) for v in row.values()] for row in rows]
+        console.print(table("what the sandbox finds here", list(rows[0]), cells, figures=False))
