@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from sandbox.tools import capability_table, run_once
-
 from retool.console import console, errors, table
 from retool.errors import UserError
+from sandbox.tools import capability_table, run_once
 from sandbox.types import Limits, Status
 
 
