@@ -1,7 +1,9 @@
 """Procedural problem families. To add one, write a function `make(rng) -> Item` and decorate it with `register`.
 
-The three of the demo suit a very small model with one token a character: prompts are short, and the code that solves
-one is mostly copied from the prompt. `product` and `power_mod` need the interpreter; `larger` does not.
+These suit a very small model with one token a character. Prompts are short, code is copied from the prompt, and the
+copied part always starts 19 characters after its original (`<code>` counted as one): a model of a few layers learns a
+fixed distance in a few hundred steps, and many distances only much later. `product` and `power_mod` need the
+interpreter; `last` and `larger` do not, and `last` is the easiest to learn.
 """
 
 from __future__ import annotations
@@ -68,5 +70,6 @@ def larger(rng: random.Random) -> Item:
 
 @register("last", "the last of three 2-digit numbers", needs_tool=False)
 def last(rng: random.Random) -> Item:
-    a, b, c = (rng.randint(10, 99) for _ in range(3))
-    return Item(f"Last of {a}, {b}, {c}?", str(c), f"print([{a},{b},{c}][-1])")
+    numbers = [rng.randint(10, 99) for _ in range(3)]
+    shown = ",".join(map(str, numbers))
+    return Item(f"Last of {shown}?", str(numbers[-1]), f"print(({shown})[2])")

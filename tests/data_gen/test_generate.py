@@ -84,13 +84,13 @@ async def test_what_is_not_right_is_rejected_with_its_reason(tmp_path: Path, nam
     code, reason = BAD[name]
     register(name, "", needs_tool=True)(lambda rng: _family(rng, code))
     try:
-        config = recipe(8, tool_share=1.0, families=("larger", name))
+        config = recipe(8, tool_share=1.0, families=("last", name))
         report = await generate(config, ProcessRunner(), codec_of(config), tmp_path / "t.jsonl")
     finally:
         del KNOWN[name]
     assert report.rejected == {reason: 4}
     assert report.accepted == 4
-    assert {t.family for t in load_traces(tmp_path / "t.jsonl")} == {"larger"}
+    assert {t.family for t in load_traces(tmp_path / "t.jsonl")} == {"last"}
 
 
 async def test_a_hostile_output_is_shown_escaped_and_trains_nothing(tmp_path: Path) -> None:

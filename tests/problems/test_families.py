@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from retool.config import ProblemsConfig
 from retool.problems import FAMILIES, Item, ProblemError, load_problems, register
 
-DEMO = ("product", "power_mod", "larger")
+DEMO = ("product", "power_mod", "last")
 
 
 def config(**keys: object) -> ProblemsConfig:
