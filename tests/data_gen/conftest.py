@@ -8,7 +8,7 @@ from retool.config import DataConfig, ProblemsConfig, ProtocolConfig, Recipe, Re
 from retool.models import tiny_tokenizer
 from retool.protocols import Codec, build_protocol
 
-FAMILIES = ("product", "power_mod", "last")
+FAMILIES = ("product", "square_plus", "last")
 
 
 def recipe(count: int = 30, tool_share: float = 0.4, data: dict[str, Any] | None = None, **problems: Any) -> Recipe:

@@ -41,4 +41,4 @@ def test_the_family_of_the_page_works() -> None:
 def test_the_trace_of_the_page_is_a_trace() -> None:
     (text,) = blocks("json")
     trace = Trace.from_row(json.loads(text))
-    assert trace.problem.answer == trace.segments[1].text == str(3478 * 8926)
+    assert trace.problem.answer == trace.segments[1].text == str(347 * 892)
