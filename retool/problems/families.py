@@ -1,7 +1,9 @@
 """Procedural problem families. To add one, write a function `make(rng) -> Item` and decorate it with `register`.
 
-The three of the demo suit a very small model with one token a character: prompts are short, and the code that solves
-one is mostly copied from the prompt. `product` and `power_mod` need the interpreter; `larger` does not.
+`product`, `square_plus` (both need the interpreter) and `last` (does not) are made for the demo's very small model with
+one token a character. Prompts are short, code is copied from the prompt, and distances are equal in all three: code
+starts 20 tokens after its original, and an answer 8 tokens after the six digits that the interpreter printed, or after
+the number to repeat. A model of a few layers learns one distance in a few hundred steps, and many only much later.
 """
 
 from __future__ import annotations
@@ -47,10 +49,22 @@ def register(name: str, summary: str, needs_tool: bool) -> Callable[[Callable[[r
     return add
 
 
-@register("product", "product of two 4-digit numbers", needs_tool=True)
+@register("product", "product of two 3-digit numbers", needs_tool=True)
 def product(rng: random.Random) -> Item:
-    a, b = rng.randint(3163, 9999), rng.randint(3163, 9999)  # the product has eight digits
-    return Item(f"What is {a}*{b}?", str(a * b), f"print({a}*{b})")
+    a, b = rng.randint(317, 999), rng.randint(317, 999)  # six digits
+    return Item(f"Say what {a}*{b} is.", str(a * b), f"print({a}*{b})")
+
+
+@register("square_plus", "square of a 3-digit number, plus another", needs_tool=True)
+def square_plus(rng: random.Random) -> Item:
+    a, b = rng.randint(317, 999), rng.randint(101, 999)  # six digits
+    return Item(f"Find {a}**2+{b}.", str(a**2 + b), f"print({a}**2+{b})")
+
+
+@register("last", "the last of two 4-digit numbers", needs_tool=False)
+def last(rng: random.Random) -> Item:
+    a, b = rng.randint(1000, 9999), rng.randint(1000, 9999)
+    return Item(f"Last of {a},{b}?", str(b), f"print(({a},{b})[1])")
 
 
 @register("power_mod", "remainder of a power, in Python's notation", needs_tool=True)
@@ -64,9 +78,3 @@ def power_mod(rng: random.Random) -> Item:
 def larger(rng: random.Random) -> Item:
     a, b = rng.sample(range(10, 100), 2)
     return Item(f"Larger of {a},{b}?", str(max(a, b)), f"print(max({a},{b}))")
-
-
-@register("last", "the last of three 2-digit numbers", needs_tool=False)
-def last(rng: random.Random) -> Item:
-    a, b, c = (rng.randint(10, 99) for _ in range(3))
-    return Item(f"Last of {a}, {b}, {c}?", str(c), f"print([{a},{b},{c}][-1])")

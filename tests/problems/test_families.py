@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retool.config import ProblemsConfig
+from retool.config import ProblemsConfig, ProtocolConfig
+from retool.models import tiny_tokenizer
 from retool.problems import FAMILIES, Item, ProblemError, load_problems, register
+from retool.protocols import Codec, build_protocol
 
-DEMO = ("product", "power_mod", "larger")
+DEMO = ("product", "square_plus", "last")
 
 
 def config(**keys: object) -> ProblemsConfig:
@@ -105,3 +107,19 @@ def test_a_family_of_your_own() -> None:
             register("half", "", needs_tool=True)
     finally:
         FAMILIES.pop("half", None)
+
+
+@pytest.mark.parametrize(("family", "copied"), [("product", "*"), ("square_plus", "**2+"), ("last", ",")])
+def test_demo_families_share_their_distances(family: str, copied: str) -> None:
+    """Code copies at one distance, answers at another, in every family: what a very small model learns soon."""
+    codec = Codec(tiny_tokenizer(), build_protocol(ProtocolConfig(fence=False, boxed=False, instructions="")))
+    for p in load_problems(config(families=(family,), count=20)):
+        first = p.prompt.split()[-1 if family != "product" else 2].partition(copied)[0]
+        prompt = codec.decode(codec.prompt_ids(p))
+        call = codec.protocol.render_call(p.meta["teacher"]["code"])
+        start = len(codec.prompt_ids(p)) + len(codec.demo_ids(call[: call.index(first)]))
+        assert start - len(codec.demo_ids(prompt[8 : prompt.index(first)])) - 1 == 20
+        if family == "last":
+            assert p.prompt.endswith(f"{p.answer}?")
+        else:
+            assert len(p.answer) == 6
