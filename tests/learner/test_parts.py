@@ -63,7 +63,7 @@ def test_a_model_with_other_logits_is_refused() -> None:
         return out
 
     net.forward = doubled
-    with pytest.raises(HeadError, match="head.py"):
+    with pytest.raises(HeadError, match=r"head\.py"):
         check_head(net, Head(net, 1.0))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,7 +143,7 @@ def test_filter_rule_decides_the_denominator(rule: str, expected: float) -> None
 
 def test_missing_columns_are_named() -> None:
     batch = ragged([[1]])
-    with pytest.raises(MissingColumn, match="no column 'advantage'.*score"):
+    with pytest.raises(MissingColumn, match=r"no column 'advantage'.*score"):
         PolicyTerm().per_token(batch, Forward(logp=f64([0])))
     with pytest.raises(ValueError, match="3 rows, expected 1"):
         batch.with_tokens(x=f64([1, 2, 3]))
@@ -217,8 +218,6 @@ def test_warnings() -> None:
 
 
 def bonus(objective: Objective) -> Objective:
-    from dataclasses import replace
-
     return replace(objective, terms=(*objective.terms, EntropyTerm(coef=0.01)))
 
 
@@ -230,7 +229,7 @@ def test_presets() -> None:
         preset_fragment("gpro")
     with pytest.raises(ObjectiveError, match="cannot be imported"):
         find_preset("nowhere:NAME")
-    with pytest.raises(ObjectiveError, match="not a retool.objectives.Preset"):
+    with pytest.raises(ObjectiveError, match=r"not a retool\.objectives\.Preset"):
         find_preset("retool.objectives:PRESETS")
     name = f"{__name__}:OWN"
     built = build_objective(Recipe(**preset_fragment(name)))
