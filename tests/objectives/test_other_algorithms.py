@@ -112,9 +112,7 @@ def test_t10_gspo() -> None:
     agg = Aggregation("seq_mean_token_mean")
     term = PolicyTerm(aggregation=agg, clip_low=3e-4, clip_high=4e-4, ratio="sequence")
     close(total((term,), batch, logp), -1.0004)
-    spaced = ragged(
-        [[1, 1, 0, 1, 1]], {"logp_old": [[-1.0, -1, 40, -1, -1]], "advantage": [[1.0, 1, 9, 1, 1]]}
-    )
+    spaced = ragged([[1, 1, 0, 1, 1]], {"logp_old": [[-1.0, -1, 40, -1, -1]], "advantage": [[1.0, 1, 9, 1, 1]]})
     close(total((term,), spaced, f64([-0.9, -1.2, 7, -0.8, -1])), -1.0004)
 
 

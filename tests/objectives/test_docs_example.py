@@ -1,0 +1,33 @@
+"""The worked example of docs/objectives.md runs, and is what it says it is."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from retool.config import Recipe
+from retool.objectives import Forward, build_objective, preset_fragment
+from tests.objectives.build_batches import f64, ragged
+
+PAGE = Path(__file__).parents[2] / "docs" / "objectives.md"
+
+
+def test_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None and len(code[1].splitlines()) < 30
+    module = types.ModuleType("my_module")
+    monkeypatch.setitem(sys.modules, "my_module", module)
+    exec(compile(code[1], str(PAGE), "exec"), module.__dict__)
+    objective = build_objective(Recipe(**preset_fragment("my_module:SAPO")))
+    assert [type(t).__name__ for t in objective.terms] == ["SoftGate", "KlTerm"]
+    for sign, expected in ((1.0, -2.036201), (-1.0, 1.940950)):
+        batch = ragged([[1] * 4], {"logp_old": [[-1.0] * 4], "advantage": [[sign] * 4], "logp_ref": [[-1.0] * 4]})
+        logp = f64([-0.9, -1.2, -0.8, -1])
+        final = objective.finalize(batch, objective.initial_state())
+        value = objective.loss(final.batch, Forward(logp=logp))["policy"] * final.scale("policy")
+        torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
