@@ -1,4 +1,54 @@
 """A code interpreter for language models: isolated, typed outcomes, embedded or served.
 
 This package stands alone: it imports nothing of the trainer and needs no torch.
+
+    async with LocalSandbox(profile="py-math", limits=Limits(wall_s=5)) as box:
+        result = await box.exec("print(2**100)")
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sandbox.types import (
+    ConfinementUnavailable,
+    ExceptionInfo,
+    ExecResult,
+    Limits,
+    Sandbox,
+    SandboxError,
+    SandboxInfraError,
+    SandboxOverloaded,
+    SandboxProtocolError,
+    SandboxUnavailable,
+    Status,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from sandbox.local import LocalSandbox
+
+__all__ = [
+    "ConfinementUnavailable",
+    "ExceptionInfo",
+    "ExecResult",
+    "Limits",
+    "LocalSandbox",
+    "Sandbox",
+    "SandboxError",
+    "SandboxInfraError",
+    "SandboxOverloaded",
+    "SandboxProtocolError",
+    "SandboxUnavailable",
+    "Status",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`LocalSandbox` is loaded when asked for: the sandbox's own small processes do without the client."""
+    if name == "LocalSandbox":
+        from sandbox.local import LocalSandbox
+
+        return LocalSandbox
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

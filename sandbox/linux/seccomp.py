@@ -1,0 +1,137 @@
+"""A seccomp filter for CPython with numpy: an allowlist of system calls, in raw BPF (Linux `seccomp(2)`).
+
+Whatever is not listed fails with EPERM (ENOSYS for calls newer than the list, so that libc falls back politely). Some
+calls are judged by their arguments: no new namespaces, no sockets but stream pairs, no SIGKILL to oneself. The last is
+about blame: a SIGKILL nobody here sent must mean that the machine, not the program, ended the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import struct
+from collections.abc import Iterable
+
+from sandbox.linux.numbers import ALLOWED, SPECIAL
+from sandbox.linux.syscalls import MACHINE, PR_SET_SECCOMP
+
+_AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_LD, _JEQ, _JGE, _JGT, _JSET, _AND, _RET = 0x20, 0x15, 0x35, 0x25, 0x45, 0x54, 0x06
+_DENY = _ERRNO | errno.EPERM
+_MISSING = _ERRNO | errno.ENOSYS
+_NEWEST_KNOWN = 450  # calls above this number are answered "no such call"
+_NEW_NAMESPACES = 0x7E020080
+_CLONE_THREAD = 0x00010000
+_SIGKILL = 9
+_PRCTL_ALLOWED = (3, 4, 15, 16, 21, 22, 23, 38, 39, 41, 42, 0x53564D41)
+
+# In the tier without a user of its own, the files and processes of that user are the caller's too.
+_FORK_CALLS = ("fork", "vfork")
+_CHANGE_CALLS = (
+    *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
+    *("utime", "utimes", "futimesat", "utimensat"),
+)
+
+Rule = list[tuple[int, int, int, int]]
+
+
+def _instruction(code: int, jt: int, jf: int, k: int) -> bytes:
+    return struct.pack("=HBBI", code, jt, jf, k & 0xFFFFFFFF)
+
+
+def _arg(index: int) -> tuple[int, int, int, int]:
+    """Load the low half of an argument."""
+    return (_LD, 0, 0, 16 + 8 * index)
+
+
+def _returns_if_equal(values: Iterable[int], result: int) -> Rule:
+    return [step for value in values for step in ((_JEQ, 0, 1, value), (_RET, 0, 0, result))]
+
+
+def _argument_rules(pid: int, deny_fork: bool) -> dict[str, Rule]:
+    """What to do with the calls of `SPECIAL`. Every rule ends in a return."""
+    allow, deny, missing = (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY), (_RET, 0, 0, _MISSING)
+    own = (pid, 0, -1, -pid)
+    rules: dict[str, Rule] = {
+        "clone": [_arg(0), (_JSET, 0, 1, _NEW_NAMESPACES), deny],
+        "clone3": [missing],
+        "io_uring_setup": [missing],
+        "io_uring_enter": [missing],
+        "io_uring_register": [missing],
+        # AF_UNIX stream pairs only: a datagram end could be re-addressed to somebody else's socket.
+        "socketpair": [_arg(0), (_JEQ, 0, 4, 1), _arg(1), (_AND, 0, 0, 0xF), (_JEQ, 0, 1, 1), allow, deny],
+        "kill": [_arg(1), (_JEQ, 1, 0, _SIGKILL), allow, _arg(0), *_returns_if_equal(own, _DENY), allow],
+        "tkill": [_arg(1), (_JEQ, 0, 1, _SIGKILL), deny, allow],
+        "tgkill": [_arg(2), (_JEQ, 0, 1, _SIGKILL), deny, allow],
+        "prctl": [_arg(0), *_returns_if_equal(_PRCTL_ALLOWED, _ALLOW), deny],
+        "ioctl": [_arg(1), *_returns_if_equal((0x5412, 0x541C), _DENY), allow],  # TIOCSTI, TIOCLINUX
+        "fcntl": [_arg(1), *_returns_if_equal((8, 10, 15), _DENY), allow],  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+        "prlimit64": [_arg(0), *_returns_if_equal((0, pid), _ALLOW), deny],
+        "sched_setaffinity": [_arg(0), *_returns_if_equal((0, pid), _ALLOW), deny],
+    }
+    rules["clone"] += [_arg(0), (_JSET, 0, 1, _CLONE_THREAD), allow, deny] if deny_fork else [allow]
+    return rules
+
+
+def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Sorted numbers as inclusive ranges."""
+    ranges: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1] = (ranges[-1][0], number)
+        else:
+            ranges.append((number, number))
+    return ranges
+
+
+def build(pid: int, deny_fork: bool = False) -> bytes:
+    """The filter program for the process `pid` (as it sees itself); `deny_fork` also forbids new processes."""
+    program: Rule = [(_LD, 0, 0, 4), (_JEQ, 1, 0, _AUDIT_ARCH[MACHINE]), (_RET, 0, 0, _KILL), (_LD, 0, 0, 0)]
+    if MACHINE == "x86_64":
+        program += [(_JGE, 0, 1, 0x40000000), (_RET, 0, 0, _KILL)]  # x32
+    special = SPECIAL[MACHINE]
+    for name, rule in _argument_rules(pid, deny_fork).items():
+        program += [(_JEQ, 0, len(rule), special[name]), *rule]
+    allowed = dict(ALLOWED[MACHINE])
+    if deny_fork:
+        for name in (*_FORK_CALLS, *_CHANGE_CALLS):
+            allowed.pop(name, None)
+    for low, high in _ranges(allowed.values()):
+        program += [(_JGE, 0, 2, low), (_JGT, 1, 0, high), (_RET, 0, 0, _ALLOW)]
+    program += [(_JGT, 0, 1, _NEWEST_KNOWN), (_RET, 0, 0, _MISSING), (_RET, 0, 0, _DENY)]
+    return b"".join(_instruction(*step) for step in program)
+
+
+_RLIMIT_NUMBERS = {"x86_64": (160, 302), "aarch64": (164, 261)}
+
+
+def build_cpu_limit_lock() -> bytes:
+    """A second, tiny filter that freezes RLIMIT_CPU, installed once the run's own limit is set.
+
+    Otherwise a program could lower it to die of a SIGKILL that looks like our machine's fault.
+    """
+    setrlimit, prlimit = _RLIMIT_NUMBERS[MACHINE]
+    program: Rule = [
+        (_LD, 0, 0, 0),
+        *((_JEQ, 0, 4, setrlimit), _arg(0), (_JEQ, 0, 1, 0), (_RET, 0, 0, _DENY), (_RET, 0, 0, _ALLOW)),
+        *((_JEQ, 1, 0, prlimit), (_RET, 0, 0, _ALLOW), _arg(1), (_JEQ, 1, 0, 0), (_RET, 0, 0, _ALLOW)),
+        *(_arg(2), (_JEQ, 0, 3, 0), (_LD, 0, 0, 16 + 8 * 2 + 4), (_JEQ, 0, 1, 0), (_RET, 0, 0, _ALLOW)),
+        (_RET, 0, 0, _DENY),
+    ]
+    return b"".join(_instruction(*step) for step in program)
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+def install(program: bytes) -> None:
+    """Filter this process and its future children, for good; `no_new_privs` must be set."""
+    buffer = ctypes.create_string_buffer(program, len(program))
+    header = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_void_p))
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(ctypes.c_int(PR_SET_SECCOMP), ctypes.c_ulong(2), ctypes.byref(header)) != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, f"seccomp: {os.strerror(code)}")

@@ -1,0 +1,54 @@
+"""A retry attaches to the running job or gets the stored result; it never runs twice."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from typing import Any
+
+KEEP_S = 600.0
+KEEP_BYTES = 64 * 1024 * 1024
+
+Reply = dict[str, Any]
+
+
+class IdempotencyStore:
+    """Key -> future of a reply. Finished replies are kept `KEEP_S` seconds and `KEEP_BYTES` bytes, oldest out first."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[str, tuple[float, int, asyncio.Future[Reply]]] = OrderedDict()
+        self._bytes = 0
+
+    def find(self, key: str) -> asyncio.Future[Reply] | None:
+        """The reply, or its future, of an earlier request with this key."""
+        self._expire()
+        entry = self._entries.get(key)
+        return entry[2] if entry else None
+
+    def begin(self, key: str) -> asyncio.Future[Reply]:
+        """Remember that `key` is running."""
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._entries[key] = (time.monotonic(), 0, future)
+        return future
+
+    def finish(self, key: str, reply: Reply, size: int, *, keep: bool) -> None:
+        """Hand the reply to everybody who waits; failures of ours are not kept, so that a retry really runs."""
+        _, _, future = self._entries.pop(key)
+        if not future.done():
+            future.set_result(reply)
+        if keep:
+            self._entries[key] = (time.monotonic(), size, future)
+            self._bytes += size
+            self._expire()
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for key in list(self._entries):
+            born, size, future = self._entries[key]
+            if not future.done():
+                continue
+            if now - born < KEEP_S and self._bytes <= KEEP_BYTES:
+                break
+            del self._entries[key]
+            self._bytes -= size

@@ -1,0 +1,120 @@
+"""One execution: hand the job to a ready child, pump its output, time it, end it, and say what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from dataclasses import dataclass
+
+from sandbox.supervisor.outcome import Ending, digest, judge, oom_kills
+from sandbox.supervisor.pump import Pump, Stream, write_all
+from sandbox.supervisor.unit import Child, Unit
+from sandbox.types import ExecResult, Limits, SandboxInfraError, Status, Usage
+from sandbox.worker.runner import JOB_HEADER
+
+_REPORT_BYTES = 512 * 1024
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be run. `code` is known to be encodable."""
+
+    code: str
+    stdin: str
+    seed: int
+    limits: Limits
+
+    def payload(self) -> bytes:
+        """As the child reads it."""
+        code, stdin = self.code.encode(), self.stdin.encode("utf-8", "surrogateescape")
+        limits = self.limits
+        settings = {
+            "memory_mb": limits.memory_mb,
+            "processes": limits.processes,
+            "file_mb": limits.file_mb,
+            "cpu_s": max(1, math.ceil(limits.cpu_s)),
+            "seed": self.seed,
+            "stdin_size": len(stdin),
+        }
+        head = json.dumps(settings).encode()
+        return JOB_HEADER.pack(len(head), len(code)) + head + code + stdin
+
+
+class Run:
+    """Runs one job in one child. `cancel()` ends it early."""
+
+    def __init__(self, unit: Unit, child: Child, job: Job) -> None:
+        self.unit, self.child, self.job = unit, child, job
+        self.leaked = False
+        self._killed_for: Status | None = None
+        self._end = asyncio.Event()
+        limits = job.limits
+        self.stdout = Stream(limits.output_head_bytes, limits.output_tail_bytes)
+        self.stderr = Stream(limits.output_head_bytes, limits.output_tail_bytes)
+        self.report = Stream(_REPORT_BYTES, 0)
+        self.pump = Pump(limits.output_kill_bytes, lambda: self._stop(Status.OUTPUT_LIMIT))
+        self.talk = Pump(2 * _REPORT_BYTES, lambda: self._stop(Status.OUTPUT_LIMIT))
+
+    def _stop(self, reason: Status) -> None:
+        if self._killed_for is None and not self.child.exited.done():
+            self._killed_for = reason
+        self._end.set()
+
+    def cancel(self) -> None:
+        """End the run with status `cancelled`."""
+        self._stop(Status.CANCELLED)
+
+    async def execute(self, queue_ms: float) -> ExecResult:
+        """Run to the end. Raises `SandboxInfraError` when the end is our fault."""
+        loop = asyncio.get_running_loop()
+        child = self.child
+        ooms = oom_kills()
+        started = time.monotonic()
+        child.exited.add_done_callback(lambda _: self._end.set())
+        timer = loop.call_later(self.job.limits.wall_s, self._stop, Status.TIMEOUT)
+        self.pump.attach(child.stdout, self.stdout)
+        self.pump.attach(child.stderr, self.stderr)
+        self.talk.attach(child.report, self.report)
+        feeding = asyncio.ensure_future(write_all(child.job, self.job.payload()))
+        try:
+            await self._end.wait()
+        finally:
+            timer.cancel()
+            feeding.cancel()
+            await asyncio.gather(feeding, return_exceptions=True)
+            wall = time.monotonic() - started
+            self.leaked = not await self.unit.kill(child)
+            self.pump.drain()
+            self.talk.drain()
+            self.leaked = self.leaked or self.pump.unclosed > 0
+            child.close()
+        if child.exited.done():
+            status, cpu_us, rss_kib = child.exited.result()
+        else:
+            raise SandboxInfraError("the run could not be ended", "lost_child")
+        if self.pump.flooded and self._killed_for is None:
+            self._killed_for = Status.OUTPUT_LIMIT
+        ending = Ending(status, cpu_us, self._killed_for, bytes(self.report.head), oom_kills() - ooms)
+        usage = Usage(1e3 * wall, cpu_us / 1e3, queue_ms, rss_kib / 1024)
+        return self._result(ending, usage)
+
+    def _result(self, ending: Ending, usage: Usage) -> ExecResult:
+        outcome = judge(ending, self.job.limits)
+        stdout, stderr = self.stdout.text(), self.stderr.text()
+        trace = outcome.exception.traceback if outcome.exception else ""
+        inputs = (self.job.code, self.job.stdin, str(self.job.seed), self.unit.settings.profile)
+        return ExecResult(
+            status=outcome.status,
+            stdout=stdout,
+            stderr=stderr,
+            exception=outcome.exception,
+            exit_code=outcome.exit_code,
+            signal=outcome.signal,
+            usage=usage,
+            truncated=self.stdout.truncated or self.stderr.truncated,
+            digest=digest(*inputs, outcome.status.value, str(outcome.exit_code), stdout, stderr, trace),
+            attested=outcome.attested,
+            isolation=self.unit.tier.name,
+        )

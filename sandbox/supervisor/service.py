@@ -1,0 +1,235 @@
+"""The service behind every transport: picks the tier, admits requests, runs them, keeps the counters."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sandbox.supervisor.idempotency import IdempotencyStore
+from sandbox.supervisor.outcome import digest
+from sandbox.supervisor.pool import Pool
+from sandbox.supervisor.probe import Probe, attempt
+from sandbox.supervisor.run import Job, Run
+from sandbox.supervisor.settings import Settings
+from sandbox.tiers import BY_NAME, NONE, TIERS, Tier
+from sandbox.types import (
+    ConfinementUnavailable,
+    ExecResult,
+    Limits,
+    SandboxError,
+    SandboxInfraError,
+    SandboxOverloaded,
+    Status,
+)
+
+STDIN_BYTES = 16 * 1024 * 1024
+"""Largest standard input of one run."""
+_UID_BLOCK = 512
+
+
+def reserve_uids() -> tuple[int, socket.socket | None]:
+    """The first of a block of user ids nobody else of us uses here, and the lock that says so; (0, None) without root.
+
+    Two supervisors must not share ids: one kills everything that runs as an id it thinks is its own.
+    """
+    if os.geteuid() != 0:
+        return 0, None
+    mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
+    start = 2_000_000 if mapped > 2_200_000 else 30_000
+    for block in range(60):
+        base = start + block * _UID_BLOCK
+        lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            lock.bind(f"\0retool-sandbox-uids-{base}")
+            return base, lock
+        except OSError:
+            lock.close()
+    raise ConfinementUnavailable("60 sandboxes of root run on this machine already; close some")
+
+
+class Service:
+    """`await start()`, then any number of concurrent `execute` calls, then `await close()`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.counts: Counter[str] = Counter()
+        self.uid_base, self._uid_lock = reserve_uids()
+        self._slots = asyncio.Semaphore(settings.workers)
+        self._waiting = 0
+        self._running: dict[int, Run] = {}
+        self._idempotency = IdempotencyStore()
+        self._pool: Pool | None = None
+
+    @property
+    def tier(self) -> str:
+        """Name of the tier in use."""
+        return self._pool.tier.name if self._pool else ""
+
+    def _candidates(self) -> list[Tier]:
+        name, allowed = self.settings.tier, self.settings.allow_unconfined
+        if name == NONE.name and not allowed:
+            raise ConfinementUnavailable("tier 'none' confines nothing: it also needs allow_unconfined=True")
+        if name:
+            return [BY_NAME[name]]
+        return [*TIERS, *([NONE] if allowed else [])]
+
+    async def start(self) -> None:
+        """Take the strongest tier that holds. Raises `ConfinementUnavailable` with what failed and the fix."""
+        failures = []
+        with Probe(self.settings) as probe:
+            for tier in self._candidates():
+                pool = Pool(self.settings, tier, self.uid_base, self.counts)
+                try:
+                    reason = await attempt(probe, pool) if tier is not NONE else await _starts(pool)
+                except BaseException:
+                    await pool.close()
+                    raise
+                if not reason:
+                    self._pool = pool
+                    pool.refill()
+                    return
+                await pool.close()
+                failures.append(f"  {tier.name}: {reason}\n    needs {tier.needs}")
+        raise ConfinementUnavailable(
+            "no isolation tier holds on this machine:\n"
+            + "\n".join(failures)
+            + "\nFix one of these, or pass allow_unconfined=True to run code you trust without isolation."
+        )
+
+    async def survey(self) -> list[dict[str, Any]]:
+        """Every tier, whether it holds here, and why not."""
+        rows = []
+        with Probe(self.settings) as probe:
+            for tier in TIERS:
+                pool = Pool(self.settings, tier, self.uid_base, self.counts)
+                try:
+                    reason = await attempt(probe, pool)
+                finally:
+                    await pool.close()
+                rows.append({"tier": tier.name, "holds": not reason, "reason": reason, "needs": tier.needs})
+        return rows
+
+    async def execute(self, request: dict[str, Any], handle: int) -> dict[str, Any]:
+        """Run one request; the reply holds `result` or `error`. `handle` names it for `cancel`."""
+        key = request.get("key")
+        if key is None:
+            return (await self._execute(request, handle))[0]
+        earlier = self._idempotency.find(key)
+        if earlier is not None:
+            self.counts["idempotent_hits"] += 1
+            return await asyncio.shield(earlier)
+        self._idempotency.begin(key)
+        reply: dict[str, Any] = error_reply(SandboxInfraError("the request was dropped", "shutdown"))
+        size = 0
+        try:
+            reply, size = await self._execute(request, handle)
+        finally:
+            self._idempotency.finish(key, reply, size, keep="result" in reply)
+        return reply
+
+    async def _execute(self, request: dict[str, Any], handle: int) -> tuple[dict[str, Any], int]:
+        try:
+            result = await self._admit(request, handle)
+        except SandboxError as error:
+            self.counts["infra_errors"] += 1
+            self.counts[f"infra:{error.code}"] += 1
+            return error_reply(error), 0
+        self.counts["executions"] += 1
+        self.counts[f"status:{result.status.value}"] += 1
+        return {"result": asdict(result)}, len(result.stdout) + len(result.stderr) + 1024
+
+    async def _admit(self, request: dict[str, Any], handle: int) -> ExecResult:
+        limits = Limits(**request["limits"])
+        job = Job(request["code"], request["stdin"], request["seed"], limits)
+        refused = _refusal(job)
+        if refused:
+            inputs = (job.code, job.stdin, str(job.seed), self.settings.profile, Status.REJECTED.value)
+            return ExecResult(Status.REJECTED, stderr=refused, digest=digest(*inputs), isolation=self.tier)
+        if self._waiting >= self.settings.queue:
+            raise SandboxOverloaded(f"{self._waiting} executions wait already")
+        queued = time.monotonic()
+        self._waiting += 1
+        try:
+            await self._slots.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            return await self._run(job, handle, queued)
+        finally:
+            self._slots.release()
+
+    async def _run(self, job: Job, handle: int, queued: float) -> ExecResult:
+        assert self._pool is not None
+        unit, child = await self._pool.take()
+        run = Run(unit, child, job)
+        self._running[handle] = run
+        try:
+            return await run.execute(1e3 * (time.monotonic() - queued))
+        finally:
+            del self._running[handle]
+            self._pool.recycle(child, clean=not run.leaked)
+            self._pool.refill()
+
+    def cancel(self, handle: int) -> bool:
+        """End a running request; False when it is not running."""
+        run = self._running.get(handle)
+        if run is not None:
+            run.cancel()
+        return run is not None
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start, and what is going on now."""
+        pool = self._pool
+        return {
+            **self.counts,
+            "tier": self.tier,
+            "running": len(self._running),
+            "waiting": self._waiting,
+            **(pool.describe() if pool else {}),
+        }
+
+    async def close(self) -> None:
+        """End every run and the warm unit."""
+        if self._pool is not None:
+            await self._pool.close()
+        if self._uid_lock is not None:
+            self._uid_lock.close()
+
+
+def _refusal(job: Job) -> str:
+    try:
+        code, stdin = job.code.encode(), job.stdin.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError as error:
+        return f"not text: {error.reason} at character {error.start}"
+    if len(code) > job.limits.code_bytes:
+        return f"code of {len(code)} bytes exceeds the limit of {job.limits.code_bytes}"
+    if len(stdin) > STDIN_BYTES:
+        return f"standard input of {len(stdin)} bytes exceeds the limit of {STDIN_BYTES}"
+    return ""
+
+
+async def _starts(pool: Pool) -> str:
+    try:
+        await pool.unit()
+    except SandboxInfraError as error:
+        return str(error)
+    return ""
+
+
+def error_reply(error: SandboxError) -> dict[str, Any]:
+    """An infrastructure failure as a reply."""
+    return {
+        "error": {
+            "kind": type(error).__name__,
+            "code": error.code,
+            "retryable": error.retryable,
+            "message": str(error),
+            "retry_after": getattr(error, "retry_after", 0.0),
+        }
+    }

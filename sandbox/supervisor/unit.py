@@ -1,0 +1,311 @@
+"""A warm unit as the supervisor sees it: a warden and a zygote behind two sockets, and the children they make."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sandbox import wire
+from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
+from sandbox.tiers import Tier
+from sandbox.types import SandboxInfraError
+
+BOOT = Path(__file__).resolve().parent.parent / "boot.py"
+SPAWN_TIMEOUT_S = 20.0
+WARM_TIMEOUT_S = 60.0
+INIT_SEES_CHILD_AS = 2
+
+
+class UnitFailed(Exception):
+    """The unit could not start; the message names the step."""
+
+
+@dataclass(eq=False)
+class Child:
+    """One forked, confined child. Descriptors are the supervisor's ends and belong to whoever runs the child."""
+
+    ident: int
+    job: int
+    stdout: int
+    stderr: int
+    report: int
+    uid: int = 0
+    init: int = -1  # pidfd of the run's init in tier `ns`
+    process: int = -1  # pidfd of the child itself
+    exited: asyncio.Future[tuple[int, int, int]] = field(default_factory=asyncio.Future)
+    """(wait status, CPU microseconds, largest resident KiB), or an exception when the unit is lost."""
+
+    def close(self) -> None:
+        """Close every descriptor once."""
+        for name in ("job", "stdout", "stderr", "report", "init", "process"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+
+class Unit:
+    """Start with `await start()`, make children with `spawn`, end with `stop`. `lost` is set when it died."""
+
+    def __init__(self, settings: Settings, tier: Tier, uid_base: int) -> None:
+        self.settings = settings
+        self.tier = tier
+        self.uid_base = uid_base
+        self.lost = asyncio.Event()
+        self.base_bytes = 0
+        self.zygote_pid = 0
+        self._next = 0
+        self._children: dict[int, Child] = {}
+        self._replies: dict[tuple[bytes, int], asyncio.Future[tuple[bytes, tuple[int, ...], list[int]]]] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sockets: list[socket.socket] = []
+        self._errors = Path(settings.work_root) / f"unit-{tier.name}-{id(self)}.log"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the warden."""
+        return self._process.pid if self._process else 0
+
+    async def start(self) -> None:
+        """Start warden and zygote and wait until warm. Raises `UnitFailed`."""
+        warden, warden_far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        zygote, zygote_far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        config = {
+            "tier": self.tier.name,
+            "profile": self.settings.profile,
+            "python_paths": self.settings.python_paths(),
+            "module_paths": self.settings.module_paths,
+            "uid": self.uid_base if os.geteuid() == 0 else os.geteuid(),
+            "tmp_mb": self.settings.tmp_mb,
+            "work_root": self.settings.work_root,
+            "warden_fd": warden_far.fileno(),
+            "zygote_fd": zygote_far.fileno(),
+        }
+        with self._errors.open("wb") as errors:
+            self._process = subprocess.Popen(  # noqa: ASYNC220 (a vfork; milliseconds)
+                [sys.executable, "-s", "-P", str(BOOT), "warden", json.dumps(config)],
+                env=CLEAN_ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                pass_fds=(warden_far.fileno(), zygote_far.fileno()),
+                cwd="/",
+            )
+        warden_far.close()
+        zygote_far.close()
+        self._sockets = [warden, zygote]
+        warm = self._expect(wire.READY, 0)
+        loop = asyncio.get_running_loop()
+        for sock in self._sockets:
+            loop.add_reader(sock.fileno(), self._readable, sock)
+        try:
+            _, numbers, _ = await asyncio.wait_for(warm, WARM_TIMEOUT_S)
+        except (TimeoutError, SandboxInfraError) as error:
+            reason = self._reason() or str(error) or f"not warm after {WARM_TIMEOUT_S} s"
+            await self.stop()
+            raise UnitFailed(reason) from None
+        self.base_bytes, self.zygote_pid, threads = numbers[0], numbers[1], numbers[2]
+        if threads != 1:
+            await self.stop()
+            raise UnitFailed(f"the warm interpreter has {threads} threads; forking it would be unsafe")
+
+    def _reason(self) -> str:
+        try:
+            text = self._errors.read_text(errors="replace").strip()
+        except OSError:
+            return ""
+        last = text.splitlines()[-1] if text else ""
+        try:
+            return str(json.loads(last)["step"])
+        except (ValueError, KeyError, TypeError):
+            return text[-2000:]
+
+    def _expect(self, kind: bytes, ident: int) -> asyncio.Future[tuple[bytes, tuple[int, ...], list[int]]]:
+        future = asyncio.get_running_loop().create_future()
+        self._replies[kind, ident] = future
+        return future
+
+    def _readable(self, sock: socket.socket) -> None:
+        try:
+            packet = wire.receive_packet(sock, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if packet is None:
+            self._lose()
+            return
+        kind, ident, numbers, fds = packet
+        if kind == wire.EXITED:
+            child = self._children.pop(ident, None)
+            if child is not None and not child.exited.done():
+                child.exited.set_result((numbers[0], numbers[1], numbers[2]))
+            return
+        if kind == wire.FAILED:
+            for key in [key for key in self._replies if key[1] == ident and key[0] != wire.READY]:
+                message = f"{'fork' if key[0] == wire.SPAWNED else 'namespace'} failed: {os.strerror(numbers[0])}"
+                self._replies.pop(key).set_exception(SandboxInfraError(message, "spawn_failed"))
+            return
+        future = self._replies.pop((kind, ident), None)
+        if future is None or future.done():
+            for fd in fds:
+                os.close(fd)
+        else:
+            future.set_result((kind, numbers, fds))
+
+    def _lose(self) -> None:
+        """Warden or zygote is gone: everything of the unit goes with it."""
+        if self.lost.is_set():
+            return
+        self.lost.set()
+        self._close_sockets()
+        if self._process is not None and self.tier.namespaces:
+            self._process.kill()  # inits follow, and with them every process of every run
+        error = "the warm interpreter died"
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(SandboxInfraError(error, "lost_child"))
+        for child in self._children.values():
+            if not child.exited.done():
+                child.exited.set_exception(SandboxInfraError(error, "lost_child"))
+                child.exited.exception()  # a child nobody waits for is not an unhandled error
+        self._replies.clear()
+        self._children.clear()
+
+    def _close_sockets(self) -> None:
+        for sock in self._sockets:
+            if sock.fileno() >= 0:
+                asyncio.get_running_loop().remove_reader(sock.fileno())
+                sock.close()
+
+    async def _ask(
+        self, sock: int, kind: bytes, reply: bytes, ident: int, numbers: tuple[int, ...] = (), fds: tuple[int, ...] = ()
+    ) -> tuple[tuple[int, ...], list[int]]:
+        if self.lost.is_set():
+            raise SandboxInfraError("the warm interpreter died", "lost_child")
+        future = self._expect(reply, ident)
+        try:
+            wire.send_packet(self._sockets[sock], kind, ident, numbers, fds)
+            _, answer, received = await asyncio.wait_for(future, SPAWN_TIMEOUT_S)
+        except OSError as error:  # TimeoutError is one
+            self._replies.pop((reply, ident), None)
+            self._lose()
+            raise SandboxInfraError(f"no answer from the warm unit: {error}", "spawn_failed") from None
+        return answer, received
+
+    async def spawn(self, uid: int) -> Child:
+        """Fork and confine a child that waits for a job. Raises `SandboxInfraError` (spawn_failed, jail_failed)."""
+        self._next += 1
+        ident = self._next
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(4)]
+        (job_r, job_w), (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
+        child = Child(ident, job_w, out_r, err_r, rep_r, uid)
+        self._children[ident] = child
+        try:
+            extra: tuple[int, ...] = ()
+            if self.tier.namespaces:
+                _, (child.init,) = await self._ask(0, wire.INIT, wire.INIT, ident)
+                extra = (child.init,)
+            numbers = (uid, INIT_SEES_CHILD_AS if self.tier.namespaces else 0)
+            _, (child.process,) = await self._ask(
+                1, wire.SPAWN, wire.SPAWNED, ident, numbers, (job_r, out_w, err_w, rep_w, *extra)
+            )
+        except BaseException:
+            self._children.pop(ident, None)
+            child.close()
+            raise
+        finally:
+            for fd in (job_r, out_w, err_w, rep_w):
+                os.close(fd)
+        try:
+            await self._await_ready(child)
+        except BaseException:
+            await self.destroy(child)
+            raise
+        for fd in (child.stdout, child.stderr, child.report, child.job):
+            os.set_blocking(fd, False)
+        return child
+
+    async def _await_ready(self, child: Child) -> None:
+        os.set_blocking(child.report, False)
+        text = await asyncio.wait_for(_read_some(child.report), SPAWN_TIMEOUT_S)
+        if text[:1] != b"R":
+            reason = text[1:].decode(errors="replace") or "the child died while it was confined"
+            raise SandboxInfraError(f"confinement failed: {reason}", "jail_failed")
+
+    async def kill(self, child: Child) -> bool:
+        """Kill the child and everything it started; True when nothing is left."""
+        if child.init >= 0:
+            _kill(child.init)
+            dead = await _wait_pidfd(child.init, 10.0)
+        else:
+            _kill(child.process)
+            dead = True
+        if not self.lost.is_set():
+            try:
+                await asyncio.wait_for(asyncio.shield(child.exited), 10.0)
+                if not self.tier.namespaces and not self.tier.deny_fork:
+                    dead = await self.purge(child.ident, child.uid)
+            except (TimeoutError, SandboxInfraError):
+                dead = False
+        return dead or self.lost.is_set()
+
+    async def purge(self, ident: int, uid: int) -> bool:
+        """Kill what runs as `uid`; True when nothing is left. Raises `SandboxInfraError`."""
+        numbers, _ = await self._ask(0, wire.PURGE, wire.PURGE, ident, (uid,))
+        return bool(numbers[0])
+
+    async def destroy(self, child: Child) -> bool:
+        """`kill`, then close the descriptors."""
+        try:
+            return await self.kill(child)
+        finally:
+            child.close()
+
+    async def stop(self) -> None:
+        """End the unit; returns when the warden has gone, which takes everything else with it."""
+        self._lose()
+        process = self._process
+        if process is not None:
+            try:
+                await asyncio.to_thread(process.wait, 10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                await asyncio.to_thread(process.wait)
+        self._errors.unlink(missing_ok=True)
+
+
+def _kill(pidfd: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+
+
+async def _wait_pidfd(fd: int, patience_s: float) -> bool:
+    """True once the process behind a pidfd has ended; a timeout is an answer here."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+    loop.add_reader(fd, done.set)
+    try:
+        await asyncio.wait_for(done.wait(), patience_s)
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(fd)
+    return True
+
+
+async def _read_some(fd: int) -> bytes:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(fd, ready.set)
+    try:
+        await ready.wait()
+        return os.read(fd, 4096)
+    finally:
+        loop.remove_reader(fd)

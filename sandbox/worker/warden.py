@@ -1,0 +1,244 @@
+"""The warden: a small, bare process that owns a warm unit.
+
+It makes the unit's namespaces, forks the zygote, and on command makes an init for one run's process namespace or kills
+everything of one user id. When the supervisor goes away, however it goes, the warden takes the unit down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from sandbox import wire
+from sandbox.linux import syscalls as sys_
+from sandbox.profiles import PROFILES
+from sandbox.tiers import BY_NAME, Tier
+from sandbox.worker import root
+from sandbox.worker.jail import JAIL_ID, Jail, make_ruleset, write_id_maps
+from sandbox.worker.zygote import Zygote, address_space, threads, warm
+
+_NAMESPACES = sys_.CLONE_NEWUSER | sys_.CLONE_NEWNS | sys_.CLONE_NEWIPC | sys_.CLONE_NEWUTS | sys_.CLONE_NEWNET
+
+
+def enter_namespaces(python_paths: tuple[str, ...], uid: int) -> None:
+    """Private root, no network, no privilege outside. Root becomes `uid` first, so that nothing maps to root."""
+    uid_gid = (os.geteuid(), os.getegid())
+    if os.geteuid() == 0:
+        sys_.unshare(sys_.CLONE_NEWNS)
+        root.build(python_paths)
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+        uid_gid = (uid, uid)
+    sys_.prctl(sys_.PR_SET_DUMPABLE, 1)
+    sys_.unshare(_NAMESPACES)
+    proc = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
+    write_id_maps(proc, JAIL_ID, *uid_gid)
+    os.close(proc)
+    if uid_gid[0] != uid:
+        root.build(python_paths)
+
+
+def _enter_process_namespace(sockets: tuple[socket.socket, ...]) -> int:
+    """Go on as process 1 of a process namespace: only one that our user namespace owns may be returned to by `setns`.
+
+    Returns 0 there. The process outside waits for it and returns its exit status; each dies with the other.
+    """
+    sys_.unshare(sys_.CLONE_NEWPID)
+    pid = os.fork()
+    if pid == 0:
+        sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+        return 0
+    for sock in sockets:
+        sock.close()
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or 255
+
+
+def _init() -> NoReturn:
+    """Process 1 of one run: reaps orphans until it is killed, and the kernel kills the rest with it."""
+    sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    os.closerange(0, 1024)
+    while True:
+        signal.sigwait({signal.SIGCHLD})
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0] > 0:
+                pass
+        except ChildProcessError:
+            pass
+
+
+def _uids_of_processes() -> list[tuple[int, int, int]]:
+    """(pid, parent pid, real uid) of every process we can see, zombies included."""
+    rows = []
+    for entry in os.listdir("/proc"):  # noqa: PTH208
+        if entry.isdigit():
+            try:
+                lines = Path("/proc", entry, "status").read_text().splitlines()
+            except OSError:
+                continue
+            fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            rows.append((int(entry), int(fields["PPid"]), int(fields["Uid"].split()[0])))
+    return rows
+
+
+class Warden:
+    """Serves the supervisor until its socket closes."""
+
+    def __init__(self, control: socket.socket, tier: Tier, zygote: int) -> None:
+        self.control = control
+        self.tier = tier
+        self.zygote = zygote
+        self.inits: dict[int, int] = {}  # pidfd -> pid
+        self.uids: set[int] = set()
+        self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if tier.namespaces else -1
+        self.poller = select.poll()
+        self.poller.register(control, select.POLLIN)
+
+    def serve(self) -> None:
+        """The loop; afterwards nothing of the unit is left."""
+        while True:
+            for fd, _ in self.poller.poll(1000):
+                if fd in self.inits:
+                    self.poller.unregister(fd)
+                    os.waitpid(self.inits.pop(fd), 0)
+                    os.close(fd)
+                elif not self._command():
+                    self._end()
+                    return
+            if not self.tier.namespaces:
+                self._reap_orphans()
+
+    def _reap_orphans(self) -> None:
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0] > 0:
+                pass
+        except ChildProcessError:
+            pass
+
+    def _command(self) -> bool:
+        packet = wire.receive_packet(self.control)
+        if packet is None:
+            return False
+        kind, ident, numbers, _ = packet
+        try:
+            if kind == wire.INIT:
+                wire.send_packet(self.control, wire.INIT, ident, (), (self._make_init(),))
+            elif kind == wire.PURGE:
+                wire.send_packet(self.control, wire.PURGE, ident, (int(self.purge(numbers[0])),))
+        except OSError as error:
+            wire.send_packet(self.control, wire.FAILED, ident, (error.errno or 0,))
+        return True
+
+    def _make_init(self) -> int:
+        """A new process namespace with its init; returns the init's pidfd."""
+        sys_.unshare(sys_.CLONE_NEWPID)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    _init()
+                finally:
+                    os._exit(1)
+        finally:
+            sys_.setns(self.own_pids, sys_.CLONE_NEWPID)
+        pidfd = os.pidfd_open(pid)
+        self.inits[pidfd] = pid
+        self.poller.register(pidfd, select.POLLIN)
+        return pidfd
+
+    def purge(self, uid: int) -> bool:
+        """Kill everything of a run; True when nothing is left, zombies included (they count as processes)."""
+        if self.tier.own_uid:
+            self.uids.add(uid)
+        for attempt in range(200):
+            self._reap_orphans()
+            left = [row for row in _uids_of_processes() if self._belongs(row, uid)]
+            if not left:
+                return True
+            if self.tier.own_uid:
+                _kill_as(uid)
+            else:
+                for pid, _, _ in left:
+                    os.kill(pid, signal.SIGKILL)
+            select.poll().poll(min(1 + attempt, 20))
+        return False
+
+    def _belongs(self, row: tuple[int, int, int], uid: int) -> bool:
+        pid, parent, real = row
+        if self.tier.own_uid:
+            return real == uid
+        return parent == os.getpid() and pid != self.zygote  # an orphan we were given as subreaper
+
+    def _end(self) -> None:
+        """The supervisor is gone: kill the zygote and whatever ran. Namespaces die with this process's children."""
+        try:
+            os.kill(self.zygote, signal.SIGKILL)
+            os.waitpid(self.zygote, 0)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        if not self.tier.namespaces:
+            for uid in self.uids or {0}:
+                self.purge(uid)
+
+
+def _kill_as(uid: int) -> None:
+    """`kill(-1)` with the run's effective uid: atomic against fork bombs. Our real uid is one the run cannot signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgroups([])
+            os.setresuid(uid + 1, uid, uid + 1)
+            os.kill(-1, signal.SIGKILL)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def main(config: dict[str, Any]) -> int:
+    """Run a unit. `config`: tier, profile, python_paths, module_paths, uid, tmp_mb, work_root, two socket numbers."""
+    control = socket.socket(fileno=config["warden_fd"])
+    zygote_control = socket.socket(fileno=config["zygote_fd"])
+    tier = BY_NAME[config["tier"]]
+    python_paths = tuple(config["python_paths"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        if tier.namespaces:
+            enter_namespaces(python_paths, config["uid"])
+        else:
+            sys_.prctl(sys_.PR_SET_CHILD_SUBREAPER, 1)
+        ruleset = make_ruleset(tier, python_paths)
+    except OSError as error:
+        print(json.dumps({"step": str(error)}), file=sys.stderr, flush=True)
+        return 3
+    jail = Jail(tier, ruleset, config["tmp_mb"], config["work_root"])
+    if tier.namespaces and (outer := _enter_process_namespace((control, zygote_control))):
+        return outer
+    pid = os.fork()
+    if pid == 0:
+        control.close()
+        _zygote(zygote_control, jail, config)
+    zygote_control.close()
+    os.set_inheritable(control.fileno(), False)
+    Warden(control, tier, pid).serve()
+    return 0
+
+
+def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoReturn:
+    try:
+        sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+        sys.path[:] = [*sys.path, *(path for path in config["module_paths"] if path not in sys.path)]
+        warm(PROFILES[config["profile"]])
+        base = address_space()
+        wire.send_packet(control, wire.READY, 0, (base, int(Path("/proc/self").readlink().name), threads()))
+        Zygote(control, jail, base).serve()
+    except BaseException as error:
+        print(json.dumps({"step": f"warming up: {type(error).__name__}: {error}"}), file=sys.stderr, flush=True)
+    finally:
+        os._exit(4)

@@ -1,0 +1,147 @@
+"""The zygote: a warm interpreter that forks one confined child per command. It never sees user bytes.
+
+Commands and answers are fixed-size packets (`sandbox/wire.py`). One thread, one loop: commands in, wait statuses out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import gc
+import importlib
+import os
+import select
+import socket
+from pathlib import Path
+
+from sandbox import wire
+from sandbox.linux import syscalls as sys_
+from sandbox.profiles import Profile
+from sandbox.worker import runner
+from sandbox.worker.jail import Jail, confine
+
+
+def warm(profile: Profile) -> None:
+    """Import and exercise the profile's modules, then freeze the heap so that forks share it.
+
+    Raises `ImportError` when a module is missing.
+    """
+    for name in profile.modules:
+        importlib.import_module(name)
+    exec(compile(profile.warmup, "warmup", "exec"), {"__name__": "warmup"})
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+_HIGH = 512  # descriptors a child keeps are moved up here before everything below is closed
+
+
+def address_space() -> int:
+    """Bytes this process has mapped."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def threads() -> int:
+    """Threads of this process: a zygote must have one, or forks would copy locks nobody will release."""
+    return sum(1 for _ in Path("/proc/self/task").iterdir())
+
+
+class Zygote:
+    """Forks children and reports how they ended."""
+
+    def __init__(self, control: socket.socket, jail: Jail, base_bytes: int) -> None:
+        self.control = control
+        self.jail = jail
+        self.base_bytes = base_bytes
+        self.children: dict[int, tuple[int, int]] = {}  # pidfd -> (id, pid)
+        self.poller = select.poll()
+        self.poller.register(control, select.POLLIN)
+        self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if jail.tier.namespaces else -1
+
+    def serve(self) -> None:
+        """Until the supervisor closes its end."""
+        while True:
+            for fd, _ in self.poller.poll():
+                if fd in self.children:
+                    self._reap(fd)
+                elif not self._command():
+                    return
+
+    def _command(self) -> bool:
+        packet = wire.receive_packet(self.control)
+        if packet is None:
+            return False
+        kind, ident, numbers, fds = packet
+        if kind == wire.SPAWN:
+            try:
+                pid = self._fork(ident, numbers, fds)
+                pidfd = os.pidfd_open(pid)
+                self.children[pidfd] = (ident, pid)
+                self.poller.register(pidfd, select.POLLIN)
+                wire.send_packet(self.control, wire.SPAWNED, ident, (pid,), (pidfd,))
+            except OSError as error:
+                wire.send_packet(self.control, wire.FAILED, ident, (error.errno or 0,))
+        for fd in fds:
+            os.close(fd)
+        return True
+
+    def _fork(self, ident: int, numbers: tuple[int, ...], fds: list[int]) -> int:
+        uid, seen_pid = numbers[0], numbers[1]
+        if not self.jail.tier.namespaces:
+            pid = os.fork()
+            if pid == 0:
+                self._child(ident, uid, seen_pid, fds)
+            return pid
+        sys_.setns(fds[4], sys_.CLONE_NEWPID)
+        try:
+            pid = os.fork()
+            if pid == 0:
+                self._child(ident, uid, seen_pid, fds)
+        finally:
+            sys_.setns(self.own_pids, sys_.CLONE_NEWPID)
+        return pid
+
+    def _child(self, ident: int, uid: int, seen_pid: int, fds: list[int]) -> None:
+        """In the child: confine, say so, wait for a job, run it. Never returns."""
+        try:
+            job = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, _HIGH)
+            report = fcntl.fcntl(fds[3], fcntl.F_DUPFD_CLOEXEC, job + 1)
+            ruleset = -1
+            if self.jail.ruleset >= 0:
+                ruleset = fcntl.fcntl(self.jail.ruleset, fcntl.F_DUPFD_CLOEXEC, report + 1)
+            os.dup2(fds[1], 1)
+            os.dup2(fds[2], 2)
+            null = os.open("/dev/null", os.O_RDONLY)
+            os.dup2(null, 0)
+            os.closerange(3, job)
+            os.closerange(max(report, ruleset) + 1, _HIGH + 4096)
+            os.setsid()
+            try:
+                confine(dataclasses.replace(self.jail, ruleset=ruleset), ident, uid, seen_pid)
+            except OSError as error:
+                os.write(report, f"F{error}".encode())
+                os._exit(125)
+            if ruleset >= 0:
+                os.close(ruleset)
+            workdir = self.jail.workdir(ident)
+            os.environ.update(HOME=workdir, TMPDIR=workdir, PWD=workdir)
+            os.write(report, runner.READY_BYTE)
+            runner.run(job, report, self.base_bytes, self.jail.tier.seccomp)
+        except BaseException as error:
+            # Before the job arrived this is our failure; the supervisor reads it where it expects readiness.
+            try:
+                os.write(report, f"F{type(error).__name__}: {error}".encode())
+            finally:
+                os._exit(125)
+        finally:
+            os._exit(125)
+
+    def _reap(self, pidfd: int) -> None:
+        ident, pid = self.children.pop(pidfd)
+        self.poller.unregister(pidfd)
+        os.close(pidfd)
+        _, status, usage = os.wait4(pid, 0)
+        cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
+        wire.send_packet(self.control, wire.EXITED, ident, (status, cpu, usage.ru_maxrss))
