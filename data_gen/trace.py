@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from retool.errors import UserError
 from retool.protocols import Codec, ToolProtocol
 from retool.records import Problem
 from retool.transcript import Span, Transcript
@@ -24,7 +25,7 @@ from retool.transcript import Span, Transcript
 SegmentOrigin = Literal["demo", "tool"]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Traces that cannot be made or read; says which file and line, and what to do."""
 
 
@@ -62,7 +63,10 @@ class Trace:
         """Raises `DataError` when fields are missing or segments do not alternate."""
         try:
             told = row["problem"]
-            problem = Problem(*(str(told[k]) for k in ("id", "prompt", "answer", "source", "family")))
+            identity, prompt, answer, source, family = (
+                str(told[k]) for k in ("id", "prompt", "answer", "source", "family")
+            )
+            problem = Problem(identity, prompt, answer, source, family)
             segments = tuple(Segment(s["origin"], str(s["text"])) for s in row["segments"])
             trace = cls(str(row["id"]), problem, segments, int(row["tool_calls"]), str(row["family"]))
         except (KeyError, TypeError, ValueError) as error:

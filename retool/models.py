@@ -15,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from retool.config import ModelConfig, TinyModelConfig
+from retool.errors import UserError
 
 TINY_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -24,7 +25,7 @@ TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>")
 DEFAULT_TAGS = ("<code>", "</code>", "<interpreter>", "</interpreter>", "<answer>", "</answer>")
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be used; the message says what to do."""
 
 
@@ -61,6 +62,7 @@ def tiny_model(config: TinyModelConfig, vocab_size: int, seed: int, eos: int, pa
                 num_key_value_heads=config.heads,
                 max_position_embeddings=config.context,
                 tie_word_embeddings=True,
+                initializer_range=config.init_std,
                 eos_token_id=eos,
                 pad_token_id=pad,
                 bos_token_id=None,

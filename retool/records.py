@@ -105,3 +105,4 @@ class TrainSample:
     void: bool = False
     in_baseline: bool = True
     in_loss: bool = True
+    truncated: bool = False

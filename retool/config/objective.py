@@ -2,11 +2,216 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import Field
+
 from retool.config.base import Section
+
+AggregationName = Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "group_token_mean", "const"]
+RuleName = Literal["kept", "all_act"]
+
+
+class FilterConfig(Section):
+    """Which groups are learnt from, decided on raw accuracy before scoring."""
+
+    kind: Literal["keep", "drop", "mask_loss"] = "keep"
+    """Groups whose answers are all right or all wrong: `keep` them, `drop` them, or `mask_loss` (they stay in the
+    statistics)."""
+    denominator: RuleName = "kept"
+    """Whether samples that are masked from the loss leave the denominators (`kept`) or stay in them (`all_act`)."""
+
+
+class LambdaConfig(Section):
+    """λ of GAE per sample: 1 - 1/(alpha · action tokens), clamped to [min, max]."""
+
+    alpha: float = Field(0.05, gt=0)
+    """Share of a response that credit reaches back over."""
+    min: float = Field(0.0, ge=0, le=1)
+    """Smallest λ; short responses would get a negative one."""
+    max: float = Field(1 - 1e-4, ge=0, le=1)
+    """Largest λ."""
+
+
+class AdvantageConfig(Section):
+    """From scores to advantages."""
+
+    kind: Literal["gae", "zscore", "mean", "rloo", "raw", "none"] = "zscore"
+    """`gae` needs a critic. `zscore`, `mean` and `rloo` compare with the group. `raw` takes the score. `none` for
+    imitation and pairs."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Discount between action tokens."""
+    lam: float | LambdaConfig = 1.0
+    """λ of the policy's advantages: a number, or `{alpha, min, max}` for one that adapts to the length."""
+    lam_value: float = Field(1.0, ge=0, le=1)
+    """λ of the critic's target."""
+    std: Literal["sample", "population", "none"] = "sample"
+    """Standard deviation of `zscore`."""
+    eps: float = Field(1e-6, ge=0)
+    """Added to the group's standard deviation."""
+    whiten: bool = False
+    """Zero mean, unit variance over the action tokens of the whole rollout; for `gae`."""
+    whiten_var: Literal["unbiased", "biased"] = "unbiased"
+    """Variance used by `whiten`."""
+    bootstrap_on_truncation: bool = False
+    """The return of a truncated sample ends with the critic's value of its last state instead of 0."""
+
+
+class PolicyConfig(Section):
+    """The policy-gradient term."""
+
+    kind: Literal["clip", "none"] = "clip"
+    """`clip`: the clipped surrogate. `none`: no policy gradient (imitation, pairs)."""
+    ratio: Literal["token", "sequence"] = "token"
+    """Importance ratio of each token, or the geometric mean over the sequence (GSPO)."""
+    clip_low: float | None = Field(0.2, ge=0)
+    """ε below 1; null opens that side."""
+    clip_high: float | None = Field(0.2, ge=0)
+    """ε above 1; null opens that side."""
+    dual_clip: float | None = Field(None, gt=1)
+    """Bound c on the loss of tokens with negative advantage (at most -c·A); null is off, as in the papers."""
+
+
+class AggregationConfig(Section):
+    """How token losses become one number."""
+
+    mode: AggregationName = "token_mean"
+    """`token_mean` over the mini-batch; `seq_mean_token_mean` and `seq_mean_token_sum` give every sequence the same
+    vote; `group_token_mean` every group; `const` divides by samples × `const_length`."""
+    const_length: int | None = Field(None, ge=1)
+    """Longest response in tokens, the constant of `const`."""
+
+
+class KlConfig(Section):
+    """The leash to the reference policy."""
+
+    place: Literal["none", "reward", "loss"] = "none"
+    """In the token rewards, as a term of the loss, or nowhere."""
+    estimator: Literal["k1", "k2", "k3", "k3_st"] = "k1"
+    """k1 = d, k2 = d²/2, k3 = e^-d + d - 1; `k3_st` has k3's value and k2's gradient."""
+    beta: float = Field(0.0, ge=0)
+    """Coefficient, the first one with an adaptive controller."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """`adaptive` steers the KL of a sample (sum over its action tokens) towards `target`."""
+    target: float | None = Field(None, gt=0)
+    """Wanted KL in nats a sample."""
+    horizon: float = Field(10_000.0, gt=0)
+    """Samples over which the controller reacts."""
+    aggregation: AggregationName | None = None
+    """Aggregation of the loss term; default: as the policy term."""
+
+
+class SelectConfig(Section):
+    """A token selector of the policy term. Several compose by AND."""
+
+    kind: Literal["entropy", "low_probability", "random"]
+    """Tokens of highest or lowest entropy, tokens the policy was unsure of, or a random share (the control)."""
+    share: float = Field(0.2, gt=0, le=1)
+    """Share of the action tokens of the mini-batch; for `entropy` and `random`."""
+    side: Literal["top", "bottom"] = "top"
+    """For `entropy`."""
+    below: float = Field(0.9, gt=0, le=1)
+    """For `low_probability`: old probability below which a token counts."""
+    denominator: RuleName = "kept"
+    """Whether dropped tokens leave the denominator (`kept`) or stay in it (`all_act`)."""
+
+
+class NllConfig(Section):
+    """Imitation of the batch's own tokens."""
+
+    coef: float = Field(0.0, ge=0)
+    """Weight of the term; 0 is off."""
+    positives: bool = False
+    """Only right answers, in numerator and denominator."""
+
+
+class PairConfig(Section):
+    """Preference pairs (DPO)."""
+
+    coef: float = Field(0.0, ge=0)
+    """Weight of the term; 0 is off."""
+    beta: float = Field(0.1, gt=0)
+    """Strength of the implicit KL."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """-log σ(z), or IPO's square."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Share of pairs taken to be labelled the wrong way round."""
+
+
+class OffPolicyConfig(Section):
+    """Old log-probs, and the gap between the engine that sampled and the learner that trains."""
+
+    old: Literal["recomputed", "rollout", "detached"] = "recomputed"
+    """`recomputed` by the learner before the first update (also called decoupled), the engine's own (`rollout`, also
+    called bypass), or `detached`: the current ones without gradient, for one optimiser step a rollout."""
+    weight: Literal["none", "token", "sequence"] = "none"
+    """Importance weight learner/engine of a token (TIS) or of the whole sequence."""
+    cap: float | None = Field(2.0, gt=0)
+    """Weights are truncated here; null is off."""
+    reject: Literal["none", "token", "sequence", "geo"] = "none"
+    """Drop tokens (MIS), sequences, or sequences by the geometric mean of their ratio, outside [low, high]."""
+    low: float = Field(0.5, ge=0)
+    """Smallest accepted ratio."""
+    high: float = Field(2.0, gt=0)
+    """Largest accepted ratio."""
+    normalise: bool = False
+    """Divide the weights by their mean over accepted tokens."""
+    denominator: RuleName = "all_act"
+    """Whether rejected tokens leave the denominator (`kept`) or stay in it (`all_act`)."""
+
+
+class ReferenceConfig(Section):
+    """The policy that KL terms and pairs compare with."""
+
+    kind: Literal["none", "frozen"] = "none"
+    """`frozen`: the weights that training started from."""
+
+
+class CriticConfig(Section):
+    """The value network."""
+
+    kind: Literal["none", "policy"] = "none"
+    """`policy`: a copy of the policy's backbone with a fresh scalar head."""
+    value_clip: float | None = Field(0.2, gt=0)
+    """Clip of the value around its old output; null is off."""
+    normalise: bool = False
+    """Predict returns in units of their moving mean and deviation."""
+    decay: float = Field(0.99995, gt=0, lt=1)
+    """Decay of those moments, a rollout."""
+    warmup: int = Field(0, ge=0)
+    """Rollouts at the start in which only the critic learns."""
 
 
 class ObjectiveConfig(Section):
-    """To be filled by objectives work; see algorithms-a appendix B."""
+    """The algorithm: a preset, and whatever the recipe changes about it."""
 
     preset: str = "grpo"
-    """Name of the preset whose values fill everything not written in the recipe."""
+    """Name of the preset whose values fill everything not written in the recipe, or `module:NAME` of your own."""
+    structure: Literal["flat", "group", "pairs"] = "flat"
+    """How samples belong together."""
+    train_on: Literal["sampled", "demo"] = "sampled"
+    """Tokens the policy sampled, or (imitation) demonstrated ones as well; tool output never."""
+    filter: FilterConfig = FilterConfig()
+    """Which groups are learnt from."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """From scores to advantages."""
+    select: tuple[SelectConfig, ...] = ()
+    """Token selectors of the policy term."""
+    policy: PolicyConfig = PolicyConfig()
+    """The policy-gradient term."""
+    aggregation: AggregationConfig = AggregationConfig()
+    """How token losses become one number."""
+    kl: KlConfig = KlConfig()
+    """The leash to the reference."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus (negative: a penalty); 0 is off."""
+    nll: NllConfig = NllConfig()
+    """Imitation term."""
+    pair: PairConfig = PairConfig()
+    """Preference term."""
+    off_policy: OffPolicyConfig = OffPolicyConfig()
+    """Old log-probs and off-policy correction."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """The reference policy."""
+    critic: CriticConfig = CriticConfig()
+    """The value network."""

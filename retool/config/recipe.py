@@ -23,6 +23,8 @@ class TinyModelConfig(Section):
     """Width of the feed-forward layer."""
     context: int = Field(256, ge=16)
     """Longest sequence in tokens."""
+    init_std: float = Field(0.08, gt=0)
+    """Standard deviation of the initial weights; small models learn to copy much sooner with more than 0.02."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyModelConfig:
@@ -71,6 +73,8 @@ class ProblemsConfig(Section):
     """Row field that holds the reference answer."""
     answer_pattern: str | None = None
     r"""Regular expression whose first group is the answer inside the field, e.g. `####\s*(.+)` for GSM8K."""
+    skip_bad: bool = False
+    """Leave out rows without a question or an answer, with a warning that counts them, instead of refusing the set."""
 
 
 class ProtocolConfig(Section):
@@ -209,6 +213,13 @@ class LearnerConfig(Section):
     """Passes over a rollout."""
     micro_tokens: int = Field(8192, ge=1)
     """Most tokens in a micro-batch (an atom larger than that travels alone)."""
+    micro_samples: int | None = Field(None, ge=1)
+    """Most samples in a micro-batch; default: as many as `micro_tokens` holds."""
+    layout: Literal["padded", "packed"] = "padded"
+    """`padded`: rows of similar length side by side. `packed`: one row end to end (needs an attention that skips
+    foreign tokens to be fast, so mostly for GPUs)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of the learner and the embedded engine; default: all cores, 1 with `deterministic`."""
 

@@ -37,35 +37,33 @@ FAMILIES: dict[str, Family] = {}
 def register(name: str, summary: str, needs_tool: bool) -> Callable[[Callable[[random.Random], Item]], Family]:
     """Decorator that makes a family known to recipes. Raises `ValueError` when the name is taken."""
 
+    if name in FAMILIES:
+        raise ValueError(f"problem family {name!r} exists already; choose another name")
+
     def add(make: Callable[[random.Random], Item]) -> Family:
-        if name in FAMILIES:
-            raise ValueError(f"problem family {name!r} exists already; choose another name")
         FAMILIES[name] = Family(name, summary, needs_tool, make)
         return FAMILIES[name]
 
     return add
 
 
-@register("product", "product of two 3-digit numbers", needs_tool=True)
+@register("product", "product of two 4-digit numbers", needs_tool=True)
 def product(rng: random.Random) -> Item:
-    a, b = rng.randint(101, 999), rng.randint(101, 999)
+    a, b = rng.randint(3163, 9999), rng.randint(3163, 9999)  # the product has eight digits
     return Item(f"What is {a}*{b}?", str(a * b), f"print({a}*{b})")
 
 
-@register("power_mod", "remainder of a power, three operands", needs_tool=True)
+@register("power_mod", "remainder of a power, in Python's notation", needs_tool=True)
 def power_mod(rng: random.Random) -> Item:
-    base, exponent, modulus = rng.randint(11, 99), rng.randint(11, 99), rng.randint(101, 999)
-    return Item(
-        f"What is {base}^{exponent} mod {modulus}?",
-        str(pow(base, exponent, modulus)),
-        f"print({base}**{exponent}%{modulus})",
-    )
+    base, exponent, modulus = (rng.randint(11, 99) for _ in range(3))
+    expression = f"{base}**{exponent}%{modulus}"
+    return Item(f"Find {expression}?", str(pow(base, exponent, modulus)), f"print({expression})")
 
 
 @register("larger", "the larger of two 2-digit numbers", needs_tool=False)
 def larger(rng: random.Random) -> Item:
     a, b = rng.sample(range(10, 100), 2)
-    return Item(f"Larger: {a} or {b}?", str(max(a, b)), f"print(max({a},{b}))")
+    return Item(f"Larger of {a},{b}?", str(max(a, b)), f"print(max({a},{b}))")
 
 
 @register("last", "the last of three 2-digit numbers", needs_tool=False)

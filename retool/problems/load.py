@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import random
 from collections import Counter
 from hashlib import blake2b
@@ -10,8 +11,10 @@ from typing import Any
 
 from retool.config import ProblemsConfig
 from retool.problems.families import FAMILIES, Family, Item
-from retool.problems.rows import ProblemError, read_rows, to_problem
+from retool.problems.rows import BadRow, ProblemError, read_rows, to_problem
 from retool.records import Problem
+
+_log = logging.getLogger(__name__)
 
 TEST_SHARE = 0.1  # of all prompts of a procedural family are held out, by the prompt's hash
 _MAX_MISSES = 2000  # draws without a new prompt after which a family counts as exhausted
@@ -26,8 +29,7 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
     """
     if config.kind == "procedural":
         return _procedural(config)
-    rows = read_rows(config)
-    problems = [to_problem(config, where, row, identity) for where, row, identity in rows]
+    problems = _from_rows(config)
     if not problems:
         raise ProblemError(f"{config.path}: no problems in it; give a data set with at least one row")
     repeated = [i for i, n in Counter(p.id for p in problems).items() if n > 1]
@@ -36,6 +38,23 @@ def load_problems(config: ProblemsConfig) -> list[Problem]:
     if config.shuffle:
         random.Random(f"shuffle:{config.seed}").shuffle(problems)
     return problems[: config.count]
+
+
+def _from_rows(config: ProblemsConfig) -> list[Problem]:
+    problems: list[Problem] = []
+    bad: list[BadRow] = []
+    for where, row, identity in read_rows(config):
+        try:
+            problems.append(to_problem(config, where, row, identity))
+        except BadRow as error:
+            if not config.skip_bad:
+                raise
+            bad.append(error)
+    if bad:
+        _log.warning(
+            "%s: left out %d of %d rows; the first: %s", config.path, len(bad), len(bad) + len(problems), bad[0]
+        )
+    return problems
 
 
 def split_of(prompt: str) -> str:

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from retool.config import ProblemsConfig
+from retool.errors import UserError
 from retool.records import Problem
 
 _LONGEST_META = 500  # characters of a row's other fields that are worth carrying along
 
+_FIX = "correct or remove the row, or set problems.skip_bad"
+
 Row = tuple[str, Mapping[str, Any], str]  # where it stands, the row, its identity in the set
 
 
-class ProblemError(ValueError):
+class ProblemError(UserError):
     """A problem set that cannot be used: says which file and row, and what to do."""
+
+
+class BadRow(ProblemError):
+    """One row without a usable question or answer; `problems.skip_bad` leaves such rows out."""
 
 
 def read_rows(config: ProblemsConfig) -> Iterator[Row]:
@@ -93,9 +100,9 @@ def to_problem(config: ProblemsConfig, where: str, row: Mapping[str, Any], ident
     if config.answer_pattern is not None:
         match = _pattern(config.answer_pattern).search(whole)
         if match is None or not (match.group(1) or "").strip():
-            raise ProblemError(
+            raise BadRow(
                 f"{where}: problems.answer_pattern {config.answer_pattern!r} finds no answer in {whole[-60:]!r}; "
-                "correct the pattern or remove the row"
+                "correct the pattern, remove the row, or set problems.skip_bad"
             )
         answer = match.group(1).strip()
     meta = {k: v for k, v in row.items() if k not in (config.prompt_field, config.answer_field) and _small(v)}
@@ -112,10 +119,10 @@ def _field(row: Mapping[str, Any], name: str, key: str, where: str) -> str:
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         kind = "empty" if value is None else f"a {type(value).__name__}"
-        raise ProblemError(f"{where}: field {name!r} is {kind}, not text or a number; correct or remove the row")
+        raise BadRow(f"{where}: field {name!r} is {kind}, not text or a number; {_FIX}")
     text = str(value).strip()
     if not text:
-        raise ProblemError(f"{where}: field {name!r} is empty; correct or remove the row")
+        raise BadRow(f"{where}: field {name!r} is empty; {_FIX}")
     return text
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+from retool.errors import UserError
 from retool.protocols.base import ToolProtocol
 from retool.records import Problem
 
@@ -20,7 +21,7 @@ _ANCHOR_TOKENS = 8  # how much of what came before is shown to the tokenizer whe
 _SLOT = "\ue000question\ue000"  # stands for the question while the chat template is rendered
 
 
-class CodecError(ValueError):
+class CodecError(UserError):
     """Text or a tokenizer that cannot be encoded safely; the message says what to do."""
 
 
@@ -71,7 +72,14 @@ class Codec:
     def escape(self, text: str) -> str:
         """Untrusted text, made harmless: a backslash after the first character of every control string, and
         characters that the tokenizer does not know as backslash escapes. Text without either is unchanged."""
-        text = self._known(text)
+        text = self._broken(self._known(text))
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        if normalizer is not None and self._control_strings.search(normal := normalizer.normalize_str(text)):
+            text = self._broken(normal)  # look-alikes: the tokenizer itself would make control strings of them
+        return text
+
+    def _broken(self, text: str) -> str:
+        """`text` with a backslash after the first character of every control string."""
         starts = {m.start() for m in self._control_strings.finditer(text)}
         if not starts:
             return text

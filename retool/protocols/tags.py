@@ -17,14 +17,15 @@ import textwrap
 from functools import cached_property
 
 from retool.config import ProtocolConfig
+from retool.errors import UserError
 from retool.protocols import grammar
 from retool.protocols.base import Call, Malformed, ToolProtocol
 from retool.protocols.boxed import boxed
 
-_FENCE_OPEN = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n", re.IGNORECASE)
+_FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.IGNORECASE | re.DOTALL)
 
 
-class ProtocolError(ValueError):
+class ProtocolError(UserError):
     """A protocol that cannot be built; the message says what to change."""
 
 
@@ -123,11 +124,12 @@ class TagProtocol:
             first, _, rest = text.partition("\n")
             text = rest if rest or first.strip("`").strip().lower() in ("", "python", "python3", "py") else first[3:]
             text = text.rstrip().removesuffix("```")
-        elif fences := list(_FENCE_OPEN.finditer(region)):
-            text = region[fences[-1].end() :].partition("```")[0]
+        elif fences := _FENCED.findall(region):
+            text = fences[-1]
         else:
             text = region
-        return textwrap.dedent(text).strip("\n").rstrip() if "\n" in text.strip() else text.strip()
+        text = text.strip("\n").rstrip()
+        return textwrap.dedent(text) if text[:1].isspace() else text
 
     def observation(self, text: str) -> tuple[str, str, str]:
         if not self.fence:

@@ -14,6 +14,8 @@ from typing import Any
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 
+from retool.rewards.normal import expand
+
 logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 _TARGET = [
@@ -32,7 +34,7 @@ def _parse(answer: str) -> list[Any]:
         warnings.simplefilter("ignore")
         return list(
             parse(
-                f"\\boxed{{{answer}}}",
+                f"\\boxed{{{expand(answer)}}}",
                 _TARGET,
                 fallback_mode="no_fallback",
                 extraction_mode="first_match",

@@ -16,10 +16,11 @@ from types import TracebackType
 from typing import Self
 
 from retool.config import RewardConfig
+from retool.errors import UserError
 from retool.protocols.base import ToolProtocol
 from retool.records import RewardResult, Trajectory
 from retool.rewards.normal import LONGEST, normal, quick_verdict
-from retool.rewards.pool import VerifierError, WorkerPool
+from retool.rewards.pool import WorkerPool
 
 CustomReward = Callable[[Trajectory, RewardResult], RewardResult]
 
@@ -109,23 +110,23 @@ class Rewarder:
 
 
 def _load(path: str) -> CustomReward:
-    """The function behind `module:function`. Raises `VerifierError`."""
+    """The function behind `module:function`. Raises `UserError`."""
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise VerifierError(
+        raise UserError(
             f"reward.custom: cannot load {path!r} ({error}); write it as package.module:function"
         ) from error
     if not callable(function):
-        raise VerifierError(f"reward.custom: {path!r} is not a function")
+        raise UserError(f"reward.custom: {path!r} is not a function")
     loaded: CustomReward = function
     return loaded
 
 
 def _checked(result: object, path: str) -> RewardResult:
     if not isinstance(result, RewardResult):
-        raise VerifierError(f"reward.custom: {path!r} returned {type(result).__name__}, not a RewardResult")
+        raise UserError(f"reward.custom: {path!r} returned {type(result).__name__}, not a RewardResult")
     if not math.isfinite(result.score) or (result.accuracy is not None and not 0 <= result.accuracy <= 1):
-        raise VerifierError(f"reward.custom: {path!r} returned score {result.score} and accuracy {result.accuracy}")
+        raise UserError(f"reward.custom: {path!r} returned score {result.score} and accuracy {result.accuracy}")
     return result

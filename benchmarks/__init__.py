@@ -1,0 +1,1 @@
+"""Scripts that measure, with their results as JSON beside them."""

@@ -1,0 +1,234 @@
+"""The `retool` command. Each subcommand is a thin wrapper: parse, call the loop, print.
+
+Bad input ends with one clear line and exit code 2, a failure of ours with exit code 1, never a traceback
+(unless RETOOL_DEBUG is set).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from retool import __version__
+from retool.console import console, errors
+from retool.errors import UserError
+from sandbox.types import ConfinementUnavailable, SandboxError
+
+app = typer.Typer(
+    name="retool",
+    help="Train language models to reason with a code interpreter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+sandbox_app = typer.Typer(
+    help="The code interpreter: run code in it, see what this machine can give.", no_args_is_help=True
+)
+data_app = typer.Typer(help="Cold-start data: code-augmented traces, executed and verified.", no_args_is_help=True)
+app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(data_app, name="data")
+
+RecipeArg = Annotated[Path, typer.Argument(help="Recipe file, e.g. recipes/demo.yaml", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Dotted overrides, e.g. objective=ppo learner.lr=1e-6 out=runs/mine", show_default=False),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the recipe's folder.")]
+
+
+@app.command()
+def demo(
+    recipe: Annotated[Path, typer.Option(help="Recipe of the demo.")] = Path("recipes/demo.yaml"),
+    overrides: Overrides = None,
+) -> None:
+    """The main job: cold-start traces, SFT, RL with the live sandbox, evaluation, report."""
+    from retool.demo import run_demo
+    from retool.recipe import load_recipe
+
+    run_demo(load_recipe(recipe, overrides or []))
+
+
+@app.command()
+def train(
+    recipe: RecipeArg,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Multi-turn RL with the live sandbox.
+
+    Example: retool train recipes/tiny.yaml objective=ppo out=runs/ppo
+    """
+    from retool.recipe import dump_recipe, load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    if dry_run:
+        print(dump_recipe(resolved), end="")
+        return
+    from retool.console import bar, metrics_line
+    from retool.train import train as run
+
+    with bar("RL", resolved.steps) as progress:
+        result = asyncio.run(run(resolved, resume=resume, on_step=lambda s, m: progress.update(s + 1, metrics_line(m))))
+    for done, card in result.evaluations.items():
+        console.print(f"after {done} steps: accuracy {card['accuracy']:.3f} on {card['problems']} held-out problems")
+    console.print(f"model: {result.folder.model}\nreport: retool view {result.folder.path}", markup=False)
+
+
+@app.command()
+def sft(recipe: RecipeArg, overrides: Overrides = None, resume: Resume = False) -> None:
+    """Supervised fine-tuning on traces (see `retool data generate`)."""
+    from retool.console import bar, metrics_line
+    from retool.recipe import load_recipe
+    from retool.sft import sft as run
+
+    resolved = load_recipe(recipe, overrides or [])
+    with bar("SFT", resolved.sft.steps if resolved.sft else 1) as progress:
+        result = run(resolved, resume=resume, on_step=lambda s, m: progress.update(s + 1, metrics_line(m)))
+    console.print(f"model: {result.folder.model}", markup=False)
+
+
+@app.command("eval")
+def eval_(
+    model: Annotated[str, typer.Argument(help="Model folder or hub name; `-` for the recipe's own.")],
+    problems: Annotated[Path, typer.Argument(help="A recipe (its eval.problems), or a .jsonl/.parquet of problems.")],
+    overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe for protocol, sandbox, reward and sampling.")] = None,
+    k: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many problems.")] = None,
+    no_tool: Annotated[bool, typer.Option("--no-tool", help="Ban the string that opens a call.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write figures and trajectories to this JSON file.")] = None,
+    show: Annotated[int, typer.Option(min=0, help="Print so many whole trajectories.")] = 0,
+) -> None:
+    """Evaluate a model on held-out problems, with the tool or without it."""
+    from retool.eval_command import run_eval
+
+    run_eval(model, problems, overrides or [], recipe=recipe, k=k, limit=limit, tool=not no_tool, out=out, show=show)
+
+
+@app.command()
+def view(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    export: Annotated[Path | None, typer.Option(help="Where to write the page; default RUN/report.html.")] = None,
+) -> None:
+    """One offline HTML page of a run: curves, tool use, coloured traces."""
+    from retool.viewer.run_page import write_run_page
+
+    console.print(f"wrote {write_run_page(run, export or run / 'report.html')}", markup=False)
+
+
+@app.command()
+def objectives(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """The presets: every algorithm that a recipe can name."""
+    from retool.explain import print_objectives
+
+    print_objectives(as_json)
+
+
+@app.command()
+def explain(key: Annotated[str, typer.Argument(help="Dotted recipe key, e.g. rollout.group_size")]) -> None:
+    """What a recipe key means, its type and its default."""
+    from retool.explain import print_key
+
+    print_key(key)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can do for retool, and the fix for what it cannot."""
+    from retool.explain import print_doctor
+
+    print_doctor()
+
+
+@sandbox_app.command("run")
+def sandbox_run(
+    code: Annotated[str, typer.Argument(help="Python code, or `-` to read it from standard input.")],
+    profile: Annotated[str, typer.Option(help="py-bare or py-math (numpy and sympy are warm).")] = "py-math",
+    wall: Annotated[float, typer.Option(min=0.01, help="Seconds.")] = 5.0,
+    memory: Annotated[int, typer.Option(min=16, help="MiB.")] = 512,
+) -> None:
+    """Run code in the sandbox. Exit code 0 when it ended well, 1 otherwise."""
+    from retool.sandbox_command import run_code
+
+    raise typer.Exit(run_code(sys.stdin.read() if code == "-" else code, profile, wall, memory))
+
+
+@sandbox_app.command("doctor")
+def sandbox_doctor() -> None:
+    """Attack this machine's isolation tiers and print what each one holds."""
+    from retool.sandbox_command import print_capabilities
+
+    print_capabilities()
+
+
+@data_app.command("generate")
+def data_generate(recipe: RecipeArg, overrides: Overrides = None) -> None:
+    """Write cold-start traces; every code block is executed, every answer verified. Resumable."""
+    from retool.data_command import generate_data
+    from retool.recipe import load_recipe
+
+    generate_data(load_recipe(recipe, overrides or []))
+
+
+@data_app.command("inspect")
+def data_inspect(
+    file: Annotated[Path, typer.Argument(help="JSONL of traces.")],
+    show: Annotated[int, typer.Option(min=0, help="Print so many traces.")] = 2,
+) -> None:
+    """Statistics and examples of a file of traces."""
+    from retool.data_command import inspect_data
+
+    inspect_data(file, show)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"retool {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: maps errors to exit codes."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except (UserError, ConfinementUnavailable) as e:
+        _fail(e, 2)
+    except Exception as e:
+        if not isinstance(e, _our_failures()):
+            raise
+        _fail(e, 1)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        raise SystemExit(130) from None
+
+
+def _our_failures() -> tuple[type[Exception], ...]:
+    """Failures of a run that say themselves what happened; their modules are loaded when they are raised."""
+    found = (
+        ("retool.engines.base", "EngineError"),
+        ("retool.learner.guard", "LearnerStopped"),
+        ("retool.rewards.pool", "VerifierError"),
+        ("retool.rollout.collector", "RolloutError"),
+        ("retool.rollout.log", "RolloutLogError"),
+        ("retool.rollout.step_ledger", "StepLedgerError"),
+    )
+    loaded = (getattr(sys.modules[module], name) for module, name in found if module in sys.modules)
+    return (SandboxError, *loaded)
+
+
+def _fail(error: Exception, code: int) -> None:
+    if os.environ.get("RETOOL_DEBUG"):
+        raise error
+    for line in str(error).splitlines() or [type(error).__name__]:
+        errors.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+    raise SystemExit(code)

@@ -1,0 +1,344 @@
+"""One rollout in, new weights out. Knows no algorithm: it calls the four scopes of an `Objective` in order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retool.config import Recipe
+from retool.learner import checkpoint as ckpt
+from retool.learner.batches import micro_batches, mini_batches
+from retool.learner.collate import Rollout, collate
+from retool.learner.guard import LearnerStopped, compare_digests, not_finite, write_bundle
+from retool.learner.head import check_head
+from retool.learner.layout import Inputs, lay_out
+from retool.learner.metrics import Mean
+from retool.learner.optimiser import Optimiser, lr_factor
+from retool.learner.roles import Role, policy_role, reference_role, silence_dropout, value_model
+from retool.learner.world import World
+from retool.objectives import Finalized, Forward, Objective, ObjectiveState
+from retool.records import TrainSample
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch: its rows in the mini-batch, its tensors, and whether this rank's copy counts."""
+
+    rows: list[int]
+    inputs: Inputs
+    rollout: Rollout
+    counts: bool
+
+
+class Learner:
+    """Policy, critic and reference, their optimisers, and the state of the objective."""
+
+    def __init__(
+        self, recipe: Recipe, objective: Objective, roles: dict[str, Role], tokenizer: Any, world: World
+    ) -> None:
+        self.recipe, self.objective, self.roles, self.tokenizer, self.world = recipe, objective, roles, tokenizer, world
+        self.state: ObjectiveState = objective.initial_state()
+        self.version = 0
+        self.updates = 0
+        param = next(self.policy.module.parameters())
+        self.dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+        self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
+
+    @classmethod
+    def create(
+        cls, recipe: Recipe, objective: Objective, model: Any, tokenizer: Any, *, world: World | None = None
+    ) -> Learner:
+        """Wraps `model` (trained in place, so an engine may share it) and makes the other networks it needs from it.
+
+        Sets torch's thread count when `learner.threads` or `deterministic` ask for it. Raises `HeadError` for a model
+        whose logits the learner cannot reproduce.
+        """
+        c = recipe.learner
+        if c.threads is not None or recipe.deterministic:
+            torch.set_num_threads(c.threads or 1)
+        model.eval()
+        silence_dropout(model)
+        roles: dict[str, Role] = {}
+        if objective.reference is not None:
+            roles["reference"] = reference_role(model, objective.temperature)
+        if objective.critic is not None:
+            critic = value_model(model)
+            optimiser = Optimiser(critic, c.critic_lr or 2 * c.lr, c.betas, c.weight_decay)
+            roles["critic"] = Role("critic", critic, optimiser)
+        roles["policy"] = policy_role(model, Optimiser(model, c.lr, c.betas, c.weight_decay), objective.temperature)
+        head = roles["policy"].head
+        assert head is not None
+        check_head(model, head)
+        if c.activation_checkpointing:
+            for name in set(roles) & {"policy", "critic"}:
+                module = roles[name].module
+                backbone = module.backbone if name == "critic" else module
+                backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        return cls(recipe, objective, roles, tokenizer, world or World())
+
+    @property
+    def policy(self) -> Role:
+        return self.roles["policy"]
+
+    def step(self, samples: list[TrainSample]) -> dict[str, float]:
+        """Learns from one rollout: score, prepare, then all optimiser steps. Deterministic given inputs and state.
+
+        Returns metrics. Raises `LearnerStopped` (with the folder of a repro bundle) when a reward or loss is not
+        finite, or when a trained token is not the one that was sampled.
+        """
+        objective, metrics = self.objective, Mean()
+        rollout = collate(samples, objective.train_on, self.dtype)
+        if bad := not_finite({s.id: s.score for s in samples} | {f"{s.id} accuracy": s.accuracy for s in samples}):
+            self._stop("non-finite-reward", f"the reward of {', '.join(bad[:5])} is not finite", rollout)
+        batch, filtered = objective.filter(rollout.batch)
+        rollout = rollout.following(batch, batch["index"].tolist())
+        rollout = self._score(rollout, metrics)
+        batch, state, prepared = objective.prepare(rollout.batch, self.state)
+        rollout = replace(rollout, batch=batch)
+        metrics.set(filtered | prepared)
+        metrics.set({"samples": float(len(rollout)), "action_tokens": float(batch["action"].sum())})
+        c = self.recipe.learner
+        done = 0
+        for epoch in range(c.epochs):
+            seed = (self.recipe.seed, self.version, epoch)
+            for mini in mini_batches(rollout.batch, objective.structure, c.updates, seed):
+                rows = [row for atom in mini for row in atom.rows]
+                done += self._update(rollout.take(rows), metrics, first=done == 0, verify=epoch == 0)
+        self.state = state
+        self.version += 1
+        return metrics.result() | {"updates": float(done), "version": float(self.version)}
+
+    def _score(self, rollout: Rollout, metrics: Mean) -> Rollout:
+        """The columns that the objective reads and only a pass through the networks can give; on all ranks."""
+        wanted = self.objective.scores
+        if not wanted or not len(rollout):
+            return rollout
+        batch = rollout.batch
+        out = {name: torch.zeros(batch.n_tokens, dtype=self.dtype) for name in sorted(wanted - {"bootstrap"})}
+        boot = torch.zeros(len(batch), dtype=self.dtype)
+        with torch.no_grad():
+            for micro in self._micros(rollout):
+                if not micro.counts:
+                    continue
+                tokens = batch.token_index(torch.tensor(micro.rows))
+                for name, values in self._score_micro(micro, wanted).items():
+                    if name == "bootstrap":
+                        boot[micro.rows] = values.to(boot)
+                    else:
+                        out[name][tokens] = values.to(out[name])
+        self.world.sum_([*out.values(), boot])
+        batch = batch.with_tokens(**out)
+        if "bootstrap" in wanted:
+            batch = batch.with_samples(bootstrap=boot)
+        if "logp_old" in wanted and self.objective.train_on == "sampled":
+            gap = torch.where(batch["action"], batch["logp_old"] - batch["logp_rollout"], 0.0)
+            metrics.max({"max_logprob_gap": float(gap.abs().max()) if len(gap) else 0.0})
+        return replace(rollout, batch=batch)
+
+    def _score_micro(self, micro: Micro, wanted: frozenset[str]) -> dict[str, Tensor]:
+        action = micro.rollout.batch["action"]
+        out: dict[str, Tensor | None] = {}
+        if wanted & {"logp_old", "entropy"}:
+            role = self.policy
+            now = role.logp(micro.inputs.to(role.device), action.to(role.device), entropy="entropy" in wanted)
+            out |= {"logp_old": now.logp, "entropy": now.entropy}
+        if "logp_ref" in wanted:
+            role = self.roles["reference"]
+            out["logp_ref"] = role.logp(micro.inputs.to(role.device), action.to(role.device)).logp
+        if wanted & {"value", "bootstrap"}:
+            role = self.roles["critic"]
+            now, out["bootstrap"] = role.value(micro.inputs.to(role.device), action.to(role.device))
+            out["value"] = now.value
+        return {name: value for name, value in out.items() if value is not None and name in wanted}
+
+    def _micros(self, rollout: Rollout) -> list[Micro]:
+        """This rank's micro-batches. All ranks get equally many: a rank without one repeats another with no weight."""
+        c = self.recipe.learner
+        atoms = self.objective.structure.atoms(rollout.batch)
+        lengths = [len(r) for r in rollout.rows]
+        plan = micro_batches(atoms, lengths, c.layout, c.micro_tokens, c.micro_samples)
+        mine = [(rows, True) for rows in plan[self.world.rank :: self.world.size]]
+        rounds = -(-len(plan) // self.world.size)
+        mine += [(plan[0], False)] * (rounds - len(mine))
+        out = []
+        for rows, counts in mine:
+            part = rollout.take(rows)
+            out.append(Micro(rows, lay_out(part.rows, part.starts, c.layout, self.pad_id), part, counts))
+        return out
+
+    def _update(self, mini: Rollout, metrics: Mean, first: bool, verify: bool) -> int:
+        """One optimiser step on one mini-batch; 0 when it holds nothing to learn from."""
+        critic_only = self.objective.critic is not None and self.version < self.objective.critic.warmup
+        now = self._current(mini) if self.objective.current else None
+        final = self.objective.finalize(mini.batch, self.state, now, critic_only)
+        if not any(d > 0 for d in final.denominators.values()):
+            return 0
+        micros = self._micros(replace(mini, batch=final.batch))
+        if verify:
+            self._verify(mini, micros, metrics)
+        sums = Mean()
+        for micro in micros:
+            self._backward(micro, final, sums, first)
+        losses = sums.reduce(self.world)
+        self._report(losses, final, metrics)
+        if bad := not_finite(losses):
+            self._stop("non-finite-loss", f"{', '.join(bad)} is not finite", mini)
+        factor = lr_factor(self.updates, self.recipe.learner.warmup_steps, self._total(), self.recipe.learner.schedule)
+        metrics.set({"lr": self.recipe.learner.lr * factor})
+        for name, role in self.roles.items():
+            if role.optimiser is not None and not (critic_only and name == "policy"):
+                norm = role.optimiser.step(factor, self.recipe.learner.grad_clip, self.world)
+                if not_finite({"norm": norm}):
+                    self._stop("non-finite-gradient", f"the gradient norm of the {name} is {norm}", mini)
+                metrics.add({f"grad_norm/{name}": norm})
+        self.updates += 1
+        return 1
+
+    def _total(self) -> int:
+        return self.recipe.steps * self.recipe.learner.updates * self.recipe.learner.epochs
+
+    def _backward(self, micro: Micro, final: Finalized, sums: Mean, first: bool) -> None:
+        """Gradients of one micro-batch, policy and critic one after the other."""
+        active = frozenset(final.denominators)
+        for name in ("policy", "critic"):
+            terms = [t for t in self.objective.terms if t.role == name and t.name in active]
+            if not terms:
+                continue
+            role, names = self.roles[name], frozenset(t.name for t in terms)
+            needs = frozenset().union(*(t.needs for t in terms))
+            inputs, batch = micro.inputs.to(role.device), micro.rollout.batch.to(role.device)
+            training = self.recipe.learner.activation_checkpointing
+            role.module.train(training)
+            if name == "policy":
+                entropy = "entropy" in needs
+                forward = role.logp(inputs, batch["action"], entropy or first, entropy)
+            else:
+                forward, _ = role.value(inputs, batch["action"])
+            numerators = self.objective.loss(batch, forward, names)
+            total = sum((final.scale(n) * x for n, x in numerators.items()), start=self._zero(forward))
+            (total if micro.counts else total * 0.0).backward()
+            role.module.eval()
+            if micro.counts:
+                self._note(batch, forward, numerators, names, sums, first and name == "policy")
+
+    @staticmethod
+    def _zero(forward: Forward) -> Tensor:
+        """A zero that is connected to the network, so that backward works when no term has a token here."""
+        connected = forward.logp if forward.logp is not None else forward.need("value")
+        return connected.sum() * 0.0
+
+    def _note(
+        self,
+        batch: Any,
+        forward: Forward,
+        numerators: dict[str, Tensor],
+        names: frozenset[str],
+        sums: Mean,
+        first: bool,
+    ) -> None:
+        with torch.no_grad():
+            sums.sum({f"loss/{n}": float(x.detach()) for n, x in numerators.items()})
+            sums.sum({k: float(v) for k, v in self.objective.diagnostics(batch, forward, names).items()})
+            if first and forward.entropy is not None:
+                sums.sum({"entropy": float(forward.entropy.detach().sum())})
+            if first and self.objective.train_on == "sampled":
+                gap = torch.where(batch["action"], forward.need("logp").detach() - batch["logp_rollout"], 0.0)
+                sums.max({"max_logprob_gap": float(gap.abs().max()) if len(gap) else 0.0})
+
+    def _report(self, losses: dict[str, float], final: Finalized, metrics: Mean) -> None:
+        """Sums of one update as means: losses by their own denominators, the rest per action token."""
+        tokens = max(1.0, float(final.batch["action"].sum()))
+        for name, value in losses.items():
+            if name.startswith("loss/"):
+                denominator = final.denominators[name.removeprefix("loss/")]
+                metrics.add({name: value / denominator if denominator > 0 else 0.0})
+            elif name == "max_logprob_gap":
+                metrics.max({name: value})
+            else:
+                metrics.add({name: value / tokens})
+
+    def _current(self, mini: Rollout) -> Forward:
+        """Log-probs of a mini-batch under the weights as they are now, without gradient, on all ranks."""
+        logp = torch.zeros(mini.batch.n_tokens, dtype=self.dtype)
+        with torch.no_grad():
+            for micro in self._micros(mini):
+                if micro.counts:
+                    role = self.policy
+                    now = role.logp(micro.inputs.to(role.device), micro.rollout.batch["action"].to(role.device))
+                    logp[mini.batch.token_index(torch.tensor(micro.rows))] = now.need("logp").to(logp)
+        self.world.sum_([logp])
+        return Forward(logp=logp)
+
+    def _verify(self, mini: Rollout, micros: Sequence[Micro], metrics: Mean) -> None:
+        """Compares the ids and log-probs that enter the loss with the hashes that the engine took when sampling."""
+        total, wrong = 0, []
+        for micro in micros:
+            part = micro.rollout
+            count, bad = compare_digests(
+                micro.inputs.targets, part.batch["logp_rollout"], part.batch.offsets, part.checks
+            )
+            total += count
+            wrong += [f"{part.ids[row]} turn {turn}" for row, turn in bad]
+        if total:
+            metrics.add({"trained_equals_sampled": 1 - len(wrong) / total})
+        if wrong:
+            what = f"{len(wrong)} of {total} sampled spans are not what is trained on: {', '.join(wrong[:5])}"
+            self._stop("trained-not-sampled", what, mini)
+
+    def _stop(self, kind: str, reason: str, rollout: Rollout) -> None:
+        folder = Path(self.recipe.out) / "repro" / f"{kind}-step-{self.version}-rank-{self.world.rank}"
+        info = {
+            "version": self.version,
+            "objective": self.objective.name,
+            "recipe": self.recipe.model_dump(mode="json"),
+        }
+        raise LearnerStopped(reason, write_bundle(folder, rollout, reason, info))
+
+    def save(self, folder: Path) -> None:
+        """Everything that `load` needs to go on with equal bits; rank 0 writes, atomically."""
+        if self.world.rank == 0:
+            ckpt.write_folder(Path(folder), self._write)
+        self.world.barrier()
+
+    def _write(self, folder: Path) -> None:
+        for name, role in self.roles.items():
+            ckpt.write_tensors(folder / f"{name}.safetensors", ckpt.module_tensors(role.module))
+            if role.optimiser is not None:
+                ckpt.write_tensors(folder / f"{name}.optimiser.safetensors", role.optimiser.state())
+        ckpt.write_tensors(folder / "rng.safetensors", {"cpu": torch.get_rng_state()})
+        state = {"version": self.version, "updates": self.updates, "objective": self.objective.name}
+        ckpt.write_json(folder / "state.json", {**state, "objective_state": self.state.to_json()})
+
+    def load(self, folder: Path) -> None:
+        """Goes on where `save` was called. Weights are copied in place. Raises `CheckpointError` when it cannot be."""
+        folder = ckpt.read_folder(Path(folder))
+        data = ckpt.read_json(folder / "state.json")
+        if data["objective"] != self.objective.name:
+            raise ckpt.CheckpointError(
+                f"{folder} was trained with objective {data['objective']!r}, this recipe has {self.objective.name!r}"
+            )
+        for name, role in self.roles.items():
+            path = folder / f"{name}.safetensors"
+            ckpt.load_module(role.module, ckpt.read_tensors(path), str(path))
+            if role.optimiser is not None:
+                role.optimiser.load(ckpt.read_tensors(folder / f"{name}.optimiser.safetensors"))
+        torch.set_rng_state(ckpt.read_tensors(folder / "rng.safetensors")["cpu"])
+        self.version, self.updates = int(data["version"]), int(data["updates"])
+        self.state = ObjectiveState.from_json(data["objective_state"])
+
+    def save_model(self, folder: Path) -> None:
+        """The policy as an ordinary transformers folder, with its tokenizer; atomic."""
+
+        def fill(target: Path) -> None:
+            self.policy.module.save_pretrained(target)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(target)
+
+        if self.world.rank == 0:
+            ckpt.write_folder(Path(folder), fill)
+        self.world.barrier()

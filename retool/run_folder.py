@@ -1,0 +1,83 @@
+"""The folder of a run: its resolved recipe, rollout log, learner ledger and checkpoints.
+
+out/recipe.yaml           the recipe with every value filled in
+out/rollouts/             the rollout log (who said what, what was rewarded)
+out/learner.jsonl         what was trained on, step by step, and the metrics
+out/checkpoints/00000010  learner state after 10 steps; `latest` is the highest complete one
+out/model/                the trained policy as a transformers folder
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from retool.config import Recipe
+from retool.errors import UserError
+from retool.files import writable_folder, write_text
+from retool.recipe import dump_recipe
+
+# What may differ between a run and its continuation: nothing that changes what is sampled or learnt.
+FREE_ON_RESUME = ("steps", "checkpoint_every", "eval", "out", "sandbox", "name")
+KEEP_CHECKPOINTS = 2
+RECIPE, LEDGER, ROLLOUTS = "recipe.yaml", "learner.jsonl", "rollouts"
+
+
+class RunFolder:
+    """Opens a new run, or an existing one to go on with. Raises `UserError` when asked for the wrong one."""
+
+    def __init__(self, recipe: Recipe, *, resume: bool) -> None:
+        self.path = Path(recipe.out)
+        saved = self.path / RECIPE
+        if saved.exists() and not resume:
+            raise UserError(
+                f"{str(self.path)!r} already holds a run; add --resume to go on with it, "
+                "or choose another folder with out=FOLDER"
+            )
+        if resume and not saved.exists():
+            raise UserError(f"there is no run to resume in {str(self.path)!r}; leave out --resume to start one")
+        if resume:
+            _same_run(yaml.safe_load(saved.read_text(encoding="utf-8")), recipe, self.path)
+        writable_folder(self.path)
+        write_text(saved, dump_recipe(recipe))
+        (self.path / "checkpoints").mkdir(exist_ok=True)
+
+    @property
+    def rollouts(self) -> Path:
+        return self.path / ROLLOUTS
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / LEDGER
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def checkpoint(self, steps_done: int) -> Path:
+        return self.path / "checkpoints" / f"{steps_done:08d}"
+
+    def latest(self) -> tuple[int, Path] | None:
+        """(steps done, folder) of the newest complete checkpoint. Unfinished ones have a dot in front."""
+        done = sorted(p for p in (self.path / "checkpoints").iterdir() if p.name.isdigit())
+        return (int(done[-1].name), done[-1]) if done else None
+
+    def prune(self) -> None:
+        """Keep the newest checkpoints."""
+        done = sorted(p for p in (self.path / "checkpoints").iterdir() if p.name.isdigit())
+        for old in done[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _same_run(saved: dict[str, Any], recipe: Recipe, path: Path) -> None:
+    now = recipe.model_dump(mode="json")
+    before = Recipe.model_validate(saved).model_dump(mode="json")
+    changed = [k for k in now if k not in FREE_ON_RESUME and now[k] != before[k]]
+    if changed:
+        raise UserError(
+            f"the recipe differs from the one that {str(path)!r} was started with, in: {', '.join(changed)}; "
+            f"only {', '.join(FREE_ON_RESUME)} may change on --resume"
+        )

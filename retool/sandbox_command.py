@@ -1,0 +1,33 @@
+"""`retool sandbox run` and `retool sandbox doctor`."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from retool.console import console, errors, table
+from retool.errors import UserError
+from sandbox.tools import capability_table, run_once
+from sandbox.types import Limits, Status
+
+
+def run_code(code: str, profile: str, wall: float, memory: int) -> int:
+    """Run once; the code's output goes to our output. Returns the exit code."""
+    if profile not in ("py-bare", "py-math"):
+        raise UserError(f"--profile {profile!r}: choose py-bare or py-math")
+    result = asyncio.run(run_once(code, profile=profile, limits=Limits(wall_s=wall, cpu_s=wall, memory_mb=memory)))
+    sys.stdout.write(result.stdout)
+    sys.stderr.write(result.stderr)
+    if result.exception is not None and result.exception.traceback not in result.stderr:
+        sys.stderr.write(result.exception.traceback)
+    if result.status is not Status.OK:
+        errors.print(f"{result.status.value} after {result.usage.wall_ms:.0f} ms ({result.isolation})", markup=False)
+    return 0 if result.ok else 1
+
+
+def print_capabilities() -> None:
+    """The isolation tiers of this machine, strongest first, as found by attacking them."""
+    rows = capability_table()
+    if rows:
+        cells = [["yes" if v is True else "no" if v is False else str(v) for v in row.values()] for row in rows]
+        console.print(table("what the sandbox finds here", list(rows[0]), cells, figures=False))

@@ -1,0 +1,155 @@
+"""The RL loop: problems -> trajectories -> rollout log -> update -> new weights in the engine.
+
+    retool train recipes/demo.yaml [key=value ...] [--resume]
+
+A step is: take this step's problems; read from the rollout log what an interrupted run already sampled for it;
+sample the rest; write the ordered sample ids to `learner.jsonl`; update; write the metrics; hand the engine the new
+weights. The learner is thus a replayable function of the log: after a crash, steps that are complete in the log are
+learnt again from it, from the last checkpoint on.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from retool.config import Recipe
+from retool.evaluate import evaluate, scorecard
+from retool.learner import Learner
+from retool.models import load_model, load_tokenizer
+from retool.objectives import build_objective
+from retool.problems import load_problems
+from retool.records import Group, Problem
+from retool.rollout.collector import Collector
+from retool.rollout.groups import to_samples
+from retool.rollout.log import RolloutLog
+from retool.rollout.step_ledger import StepLedger
+from retool.run_folder import RunFolder
+from retool.statistics import summarise
+from retool.workshop import Workshop, open_workshop
+
+StepCallback = Callable[[int, dict[str, float]], None]
+
+
+@dataclass
+class TrainResult:
+    """What a finished run leaves: where the model is, the metrics of each step, evaluations by steps done."""
+
+    folder: RunFolder
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+def set_threads(recipe: Recipe) -> None:
+    """One thread in deterministic mode, else what the recipe says, else every core."""
+    threads = recipe.learner.threads or (1 if recipe.deterministic else os.cpu_count() or 1)
+    torch.set_num_threads(threads)
+    if recipe.deterministic:
+        torch.use_deterministic_algorithms(True)
+
+
+def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
+    """The `count` problems of a step: passes over the whole set, each pass in its own order. A function of its
+    arguments only, so a resumed run draws the same ones, none skipped and none twice in a pass."""
+    orders: dict[int, list[int]] = {}
+    out: list[Problem] = []
+    for i in range(step * count, (step + 1) * count):
+        epoch, at = divmod(i, len(problems))
+        if epoch not in orders:
+            orders[epoch] = list(range(len(problems)))
+            random.Random(f"problems/{seed}/{epoch}").shuffle(orders[epoch])
+        out.append(problems[orders[epoch][at]])
+    return out
+
+
+async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = None) -> TrainResult:
+    """Run all steps. Raises `UserError` for what the user can mend, `SandboxError` where no sandbox can be had."""
+    set_threads(recipe)
+    problems = load_problems(recipe.problems)
+    tokenizer = load_tokenizer(recipe.model, tags_of(recipe))
+    model = load_model(recipe.model, tokenizer, recipe.seed)
+    folder = RunFolder(recipe, resume=resume)
+    learner = Learner.create(recipe, build_objective(recipe), model, tokenizer)
+    latest = folder.latest()
+    if latest is not None:
+        learner.load(latest[1])
+    first = latest[0] if latest is not None else 0
+    result = TrainResult(folder)
+    with RolloutLog(folder.rollouts) as log:
+        ledger = StepLedger(folder.ledger)
+        ledger.truncate_after(first - 1)
+        result.metrics = [r.metrics for r in ledger.read() if r.metrics is not None]
+        async with open_workshop(recipe, learner.policy.model, tokenizer, lockstep=recipe.deterministic) as workshop:
+            await workshop.engine.sync(None, learner.version)
+            loop = _Loop(recipe, problems, learner, workshop, log, ledger)
+            for step in range(first, recipe.steps):
+                metrics = await loop.step(step)
+                result.metrics.append(metrics)
+                done = step + 1
+                if done % recipe.checkpoint_every == 0 or done == recipe.steps:
+                    learner.save(folder.checkpoint(done))
+                    folder.prune()
+                if recipe.eval.every and done % recipe.eval.every == 0 and recipe.eval.problems is not None:
+                    held_out = load_problems(recipe.eval.problems)
+                    result.evaluations[done] = scorecard(await evaluate(workshop, recipe, held_out))
+                if on_step is not None:
+                    on_step(step, metrics)
+    learner.save_model(folder.model)
+    return result
+
+
+class _Loop:
+    """The parts of one run and what happens in a step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        problems: Sequence[Problem],
+        learner: Learner,
+        workshop: Workshop,
+        log: RolloutLog,
+        ledger: StepLedger,
+    ) -> None:
+        self.recipe, self.problems, self.learner, self.workshop = recipe, problems, learner, workshop
+        self.log, self.ledger = log, ledger
+        self.collector = Collector(
+            workshop.engine, workshop.sandbox, workshop.codec, workshop.rewarder, recipe, log=log
+        )
+        self.min_usable = 2 if learner.objective.structure.kind == "group" else 1
+
+    async def step(self, step: int) -> dict[str, float]:
+        wanted = problems_of_step(self.problems, step, self.recipe.rollout.prompts, self.recipe.seed)
+        groups = await self.collector.collect(step, wanted, self.learner.version)
+        counters = self.collector.counters
+        samples = to_samples(groups, self.min_usable, counters)
+        self.ledger.plan(step, [s.id for s in samples])
+        metrics = {**rollout_metrics(groups), **self.learner.step(samples)}
+        metrics.update({f"count/{name}": float(n) for name, n in counters.items()})
+        self.ledger.finish(step, metrics)
+        await self.workshop.engine.sync(None, self.learner.version)
+        return metrics
+
+
+def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
+    """Accuracy, reward and tool use of a step's trajectories."""
+    trajectories = [t for g in groups for t in g.trajectories]
+    stats = summarise(trajectories)
+    low, high = stats.pop("ci95")
+    scores = [t.reward.score for t in trajectories if t.usable and t.reward is not None]
+    return {
+        **{f"rollout/{k}": float(v) for k, v in stats.items()},
+        "rollout/accuracy_low": low,
+        "rollout/accuracy_high": high,
+        "rollout/score": sum(scores) / len(scores) if scores else float("nan"),
+    }
+
+
+def tags_of(recipe: Recipe) -> tuple[str, ...]:
+    """The tags that a from-scratch tokenizer gets as single tokens."""
+    p = recipe.protocol
+    return (*p.code, *p.observation, *p.answer)

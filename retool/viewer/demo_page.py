@@ -1,0 +1,103 @@
+"""The demo's report: the table, the curves of SFT and RL, and the same problems before and after RL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from retool.protocols.codec import Codec
+from retool.records import Trajectory
+from retool.viewer.charts import bar_chart, line_chart
+from retool.viewer.page import Page, trace_view
+
+TRACES_A_FAMILY = 2
+STAGES = ("base", "sft", "rl")
+STAGE_NAMES = {"base": "untrained", "sft": "after SFT", "rl": "after RL"}
+
+
+def demo_page(
+    summary: dict[str, Any],
+    sft_metrics: Sequence[dict[str, float]],
+    rl_metrics: Sequence[dict[str, float]],
+    evaluations: dict[str, dict[str, list[Trajectory]]],
+    codec: Codec,
+) -> Page:
+    """Everything of `runs/demo/report.html`."""
+    page = Page(
+        "retool demo",
+        "A small model learns, from right and wrong answers alone, when to call a Python interpreter and how. "
+        "All figures are on problems it never saw; intervals are 95 %.",
+    )
+    page.tables = [
+        ("Accuracy and tool use", *summary_rows(summary)),
+        ("Where the time went", list(summary["seconds"]), [[f"{v} s" for v in summary["seconds"].values()]]),
+        ("Guarantees of the rollout", list(summary["rollout"]), [[f"{v:g}" for v in summary["rollout"].values()]]),
+    ]
+    page.charts = [_accuracy_bars(summary), *rl_charts(rl_metrics), *_sft_chart(sft_metrics)]
+    page.trace_groups = [
+        (f"Traces {STAGE_NAMES[stage]}", _traces(evaluations[stage]["tool"], codec)) for stage in ("rl", "sft")
+    ]
+    return page
+
+
+def rl_charts(metrics: Sequence[dict[str, float]]) -> list[str]:
+    """Reward and accuracy, tool use, length, entropy over RL steps; what was not measured is left out."""
+
+    def series(**keys: str) -> dict[str, list[float]]:
+        return {
+            name: [m.get(key, float("nan")) for m in metrics]
+            for name, key in keys.items()
+            if any(key in m for m in metrics)
+        }
+
+    wanted = (
+        ("Training accuracy and reward", series(accuracy="rollout/accuracy", reward="rollout/score"), True),
+        ("Tool use", {**series(code="rollout/code_ratio"), **series(**{"calls that ran": "rollout/calls_ok"})}, True),
+        ("Length (tokens)", series(all="rollout/length", **{"written by the model": "rollout/model_length"}), False),
+        ("Entropy", series(entropy="entropy"), False),
+    )
+    return [line_chart(title, data, bounded=bounded) for title, data, bounded in wanted if data]
+
+
+def _sft_chart(metrics: Sequence[dict[str, float]]) -> list[str]:
+    return [line_chart("SFT loss", {"loss": [m.get("loss/nll", float("nan")) for m in metrics]})] if metrics else []
+
+
+def _accuracy_bars(summary: dict[str, Any]) -> str:
+    stages = summary["stages"]
+    families = list(stages["rl"]["by_family"])
+    series = {}
+    for stage, name in STAGE_NAMES.items():
+        parts = [stages[stage]["by_family"][f]["tool"] for f in families]
+        series[name] = [(p["accuracy"], p["ci95"][0], p["ci95"][1]) for p in parts]
+    return bar_chart("Held-out accuracy by problem family, with the tool", families, series)
+
+
+def _traces(trajectories: Sequence[Trajectory], codec: Codec) -> list[Any]:
+    seen: dict[str, int] = {}
+    out = []
+    for t in trajectories:
+        if seen.get(t.problem.family, 0) < TRACES_A_FAMILY:
+            seen[t.problem.family] = seen.get(t.problem.family, 0) + 1
+            out.append(trace_view(t, codec, f"{t.problem.family}: {t.problem.prompt}"))
+    return out
+
+
+def summary_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: all problems, then family by family; a column pair a stage."""
+    header = ["problems", *(f"{s} {what}" for s in STAGES for what in ("with tool", "calls", "without"))]
+    families = list(summary["stages"]["rl"]["by_family"])
+    rows = []
+    for family in ("all", *families):
+        row = [family]
+        for stage in STAGES:
+            figures = summary["stages"][stage]
+            part = figures if family == "all" else figures["by_family"][family]
+            low, high = part["tool"]["ci95"]
+            row += [
+                f"{part['tool']['accuracy']:.2f} ({low:.2f}–{high:.2f})",
+                f"{part['tool']['code_ratio']:.2f}",
+                f"{part['no_tool']['accuracy']:.2f}",
+            ]
+        rows.append(row)
+    return header, rows

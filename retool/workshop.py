@@ -1,0 +1,64 @@
+"""Everything a rollout needs, opened together from a recipe and closed together: sandbox, codec, rewarder, engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sandbox.local import LocalSandbox
+
+from retool.config import Recipe, SandboxConfig
+from retool.engines.base import Engine
+from retool.engines.transformers_engine import TransformersEngine
+from retool.problems import load_problems
+from retool.protocols import build_protocol
+from retool.protocols.base import ToolProtocol
+from retool.protocols.codec import Codec
+from retool.records import Problem
+from retool.rewards import Rewarder
+from sandbox.types import Limits, Sandbox
+
+
+@dataclass
+class Workshop:
+    """Open parts; valid inside `open_workshop` only."""
+
+    sandbox: Sandbox
+    protocol: ToolProtocol
+    codec: Codec
+    rewarder: Rewarder
+    engine: Engine
+
+
+def make_sandbox(config: SandboxConfig) -> LocalSandbox:
+    """The sandbox of a recipe, not yet started."""
+    return LocalSandbox(
+        profile=config.profile,
+        workers=config.workers,
+        limits=Limits(wall_s=config.wall_s, cpu_s=config.cpu_s, memory_mb=config.memory_mb),
+        allow_unconfined=config.allow_unconfined,
+    )
+
+
+@asynccontextmanager
+async def open_workshop(
+    recipe: Recipe, model: Any, tokenizer: Any, *, lockstep: bool = False
+) -> AsyncIterator[Workshop]:
+    """Start every part; raises `SandboxError` or `UserError` when one cannot be had."""
+    protocol = build_protocol(recipe.protocol)
+    codec = Codec(tokenizer, protocol)
+    engine = TransformersEngine(
+        model, tokenizer, slots=recipe.engine.slots, context=recipe.engine.context, lockstep=lockstep
+    )
+    try:
+        async with make_sandbox(recipe.sandbox) as sandbox, Rewarder(recipe.reward, protocol) as rewarder:
+            yield Workshop(sandbox, protocol, codec, rewarder, engine)
+    finally:
+        await engine.close()
+
+
+def training_problems(recipe: Recipe) -> list[Problem]:
+    """The recipe's problems; held-out ones never come in here."""
+    return load_problems(recipe.problems)

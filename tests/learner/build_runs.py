@@ -1,0 +1,159 @@
+"""Synthetic rollouts, small float64 models, the objectives under test, and a learner that keeps its gradients."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retool.config import Recipe, TinyModelConfig
+from retool.learner import Learner, World
+from retool.learner.collate import Rollout
+from retool.learner.metrics import Mean
+from retool.models import load_tokenizer, tiny_model
+from retool.objectives import Aggregation, Critic, Objective, Reference, Structure, build_objective, preset_fragment
+from retool.objectives.estimators import Gae, GroupRelative, NoAdvantage, Raw
+from retool.objectives.selectors import LowProbability, TopCovariance
+from retool.objectives.terms import KlTerm, PairTerm, PolicyTerm, ValueTerm
+from retool.records import TrainSample
+from retool.transcript import Sample, Span, Transcript, digest_tokens
+
+TINY = TinyModelConfig(hidden=16, layers=2, heads=2, intermediate=32, context=96)
+PRESET_NAMES = ("sft", "grpo", "ppo")
+PROOFS = ("gspo", "dpo", "kl_cov", "gae", "spo_mix")
+
+
+def recipe(preset: str, out: Path, **sections: dict[str, Any]) -> Recipe:
+    """The preset's recipe with small-scale values; `sections` are merged over it key by key."""
+    merged: dict[str, Any] = preset_fragment(preset)
+    base = {"rollout": {"group_size": 4, "prompts": 3}, "learner": {"lr": 1e-3, "updates": 1}, "model": {"tiny": {}}}
+    for source in (base, sections):
+        for name, values in source.items():
+            merged[name] = {**merged.get(name, {}), **values}
+    return Recipe(out=str(out), **merged)
+
+
+def model(seed: int = 0, dtype: torch.dtype = torch.float64) -> Any:
+    tokenizer = load_tokenizer(Recipe().model)
+    return tiny_model(TINY, len(tokenizer), seed, tokenizer.eos_token_id, tokenizer.pad_token_id).to(dtype).eval()
+
+
+def policy_span(ids: list[int], logps: list[float], turn: int) -> Span:
+    return Span("policy", tuple(ids), turn, "text", tuple(logps), ((0, 0),), None, digest_tokens(ids, logps))
+
+
+def samples(
+    groups: int = 3, size: int = 4, seed: int = 0, demo: bool = False, pairs: bool = False
+) -> list[TrainSample]:
+    """Ragged two-turn trajectories with a tool span in the middle; every group has a right and a wrong answer."""
+    rng = random.Random(seed)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(5, 100) for _ in range(rng.randint(low, high))]
+
+    out = []
+    for g in range(groups):
+        for i in range(size):
+            spans = [Span("prompt", tuple(ids(3, 8)))]
+            for turn in range(2):
+                tokens = ids(2, 9)
+                logps = [-rng.uniform(2.0, 6.0) for _ in tokens]
+                spans.append(Span("demo", tuple(tokens), turn) if demo else policy_span(tokens, logps, turn))
+                if turn == 0 and rng.random() < 0.7:
+                    spans.append(Span("tool", tuple(ids(1, 6)), 0, "observation"))
+            accuracy = float(i == 0 or (i > 1 and rng.random() < 0.5))
+            pair = (g * size + i) // 2 if pairs else -1
+            score = accuracy if not pairs else float(i % 2)
+            out.append(
+                TrainSample(
+                    f"0.{g}.{i}", f"0.{g}", Sample.whole(Transcript(spans)), score, accuracy, pair, truncated=i == 3
+                )
+            )
+    return out
+
+
+def objective(name: str, out: Path) -> Objective:
+    """A preset's objective, or one of the five that only prove the contracts."""
+    if name in PRESET_NAMES:
+        return build_objective(recipe(name, out))
+    frozen, sample = Reference(), Aggregation("seq_mean_token_mean")
+    group = GroupRelative()
+    if name == "gspo":
+        term = PolicyTerm(aggregation=sample, clip_low=3e-4, clip_high=4e-4, ratio="sequence")
+        return Objective(name, group, (term,), Structure("group"))
+    if name == "dpo":
+        return Objective(name, NoAdvantage(), (PairTerm(),), Structure("pairs"), reference=frozen)
+    if name == "kl_cov":
+        free = PolicyTerm(clip_low=None, clip_high=None)
+        leash = KlTerm("kl_cov", 1.0, select=(TopCovariance(0.1),), estimator="abs_k1", against="logp_old")
+        return Objective(name, group, (free, leash), Structure("group"))
+    if name == "gae":
+        terms = (PolicyTerm(), ValueTerm())
+        return Objective(name, Gae(0.99, 0.95, 0.98, bootstrap=True), terms, critic=Critic(normalise=True))
+    policy = PolicyTerm(select=(LowProbability(0.9),))
+    leash = KlTerm(coef=1e-2, aggregation=Aggregation("seq_mean_token_sum"), select=(LowProbability(0.9),))
+    return Objective("spo_mix", Raw(), (policy, leash), reference=frozen)
+
+
+def rollout_for(name: str, seed: int = 0) -> list[TrainSample]:
+    return samples(seed=seed, demo=name == "sft", pairs=name == "dpo")
+
+
+class GradientKeeper(Learner):
+    """Scores, then moves the weights a little (ratios then differ from 1), and keeps gradients instead of stepping."""
+
+    nudge = 0.02
+
+    def _score(self, rollout: Rollout, metrics: Mean) -> Rollout:
+        scored = super()._score(rollout, metrics)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for role in self.roles.values():
+                if role.optimiser is not None:
+                    for p in role.module.parameters():
+                        p.add_(self.nudge * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        self.gradients: dict[str, Tensor] = {}
+        for name, role in self.roles.items():
+            if role.optimiser is not None:
+                self._keep(name, role.optimiser)
+        return scored
+
+    def _keep(self, name: str, optimiser: Any) -> None:
+        def step(factor: float, clip: float, world: World) -> float:
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in optimiser.masters]
+            world.sum_(grads)
+            for key, grad in zip(optimiser.names, grads):
+                full = f"{name}/{key}"
+                self.gradients[full] = self.gradients.get(full, 0) + grad.clone()
+            optimiser.adam.zero_grad(set_to_none=True)
+            return 1.0
+
+        optimiser.step = step
+
+
+def keeper(name: str, out: Path, world: World | None = None, **learner: Any) -> GradientKeeper:
+    """A `GradientKeeper` for objective `name` on the small float64 model."""
+    base = recipe(name if name in PRESET_NAMES else "grpo", out, learner=learner)
+    made = GradientKeeper.create(base, objective(name, out), model(), load_tokenizer(base.model), world=world)
+    assert isinstance(made, GradientKeeper)
+    return made
+
+
+def losses(metrics: dict[str, float]) -> dict[str, float]:
+    return {k: v for k, v in metrics.items() if k.startswith("loss/")}
+
+
+def lengthen_tools(rows: list[TrainSample], extra: int) -> list[TrainSample]:
+    """Every tool span gets `extra` more tokens."""
+    out = []
+    for row in rows:
+        spans = [
+            replace(s, ids=s.ids + tuple(range(5, 5 + extra))) if s.origin == "tool" else s
+            for s in row.sample.transcript.spans
+        ]
+        out.append(replace(row, sample=Sample.whole(Transcript(spans))))
+    return out

@@ -1,0 +1,90 @@
+"""Micro-batch size, layout, rank count and order cannot change loss or gradients (float64, 1e-6)."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.learner.build_runs import PRESET_NAMES, PROOFS, keeper, losses, rollout_for
+
+ALL = (*PRESET_NAMES, *PROOFS)
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert any(float(g.abs().max()) > 1e-6 for g in a.values())
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_micro_batches_and_layouts(name: str, tmp_path: Path) -> None:
+    rows = rollout_for(name)
+    whole = keeper(name, tmp_path)
+    expected = losses(whole.step(rows))
+    assert any(abs(v) > 1e-6 for v in expected.values())
+    for layout in ("padded", "packed"):
+        for most in (1, 2, 4, None):
+            other = keeper(name, tmp_path, layout=layout, micro_samples=most)
+            assert losses(other.step(rows)) == pytest.approx(expected, abs=1e-6)
+            assert_same(whole.gradients, other.gradients)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_order_of_arrival(name: str, tmp_path: Path) -> None:
+    rows = rollout_for(name)
+    first = keeper(name, tmp_path)
+    expected = first.step(rows)
+    shuffled = list(rows)
+    random.Random(3).shuffle(shuffled)
+    second = keeper(name, tmp_path)
+    assert second.step(shuffled) == expected
+    assert_same(first.gradients, second.gradients)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what two real gloo processes computed for every objective, an unequal share of work included."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    procs = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.learner.rank_worker", str(folder), *ALL],
+            env={**os.environ, **world, "RANK": str(rank)},
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for proc in procs:
+            output, _ = proc.communicate(timeout=240)
+            assert proc.returncode == 0, output.decode()
+    finally:
+        for proc in procs:
+            proc.kill()
+            proc.wait()
+    return folder
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_two_ranks(name: str, two_ranks: Path, tmp_path: Path) -> None:
+    alone = keeper(name, tmp_path)
+    expected = losses(alone.step(rollout_for(name)))
+    for rank in range(2):
+        got = load_file(two_ranks / f"{name}-{rank}.safetensors")
+        values = {k.removeprefix("value/"): float(v) for k, v in got.items() if k.startswith("value/")}
+        assert values == pytest.approx(expected, abs=1e-6)
+        assert_same(alone.gradients, {k: v for k, v in got.items() if not k.startswith("value/")})

@@ -1,0 +1,59 @@
+"""Real `retool` processes on tiny recipes, and what their run folders hold."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from retool.rollout.log import RolloutLog
+
+REPO = Path(__file__).parents[2]
+
+
+def environment() -> dict[str, str]:
+    """The environment of a user who stands in the repository."""
+    return {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def retool(*args: str, cwd: Path = REPO, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end."""
+    command = [sys.executable, "-m", "retool", *args]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def start(*args: str) -> subprocess.Popen[str]:
+    """Start the command in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "retool", *args],
+        cwd=REPO,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def ledger(run: Path) -> list[dict]:
+    """The lines of learner.jsonl that are whole."""
+    path = run / "learner.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def trained_ids(run: Path) -> list[tuple[int, tuple[str, ...]]]:
+    """(step, ordered sample ids) of each update."""
+    return [(row["step"], tuple(row["samples"])) for row in ledger(run) if "samples" in row]
+
+
+def logged_ids(run: Path) -> dict[int, list[str]]:
+    """step -> trajectory ids in the rollout log."""
+    with RolloutLog(run / "rollouts", read_only=True) as log:
+        return {s: [t.id for g in log.read_step(s) for t in g.trajectories] for s in log.steps()}
+
+
+def weights(run: Path) -> dict:
+    return load_file(run / "model" / "model.safetensors")

@@ -1,0 +1,86 @@
+"""`kill -9` of a training run at random moments, then `--resume`: nothing skipped, nothing twice, equal bits."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.system.runs import ledger, logged_ids, retool, start, trained_ids, weights
+
+STEPS = 8
+
+
+def train_args(out: Path, *more: str) -> list[str]:
+    return ["train", "recipes/tiny.yaml", f"out={out}", *more]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A run nobody touched, and how long it took."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    began = time.monotonic()
+    done = retool(*train_args(out))
+    assert done.returncode == 0, done.stderr
+    return out, time.monotonic() - began
+
+
+def kill_then_resume(out: Path, kills: int, seconds: float, rng: random.Random, *more: str) -> int:
+    """Start, kill at `kills` random moments, and let the last process finish. Returns how many kills hit a live run."""
+    hits = 0
+    for k in range(kills):
+        begun = (out / "recipe.yaml").exists()
+        process = start(*train_args(out, *more, *(["--resume"] if begun else [])))
+        began = time.monotonic()
+        while not (out / "recipe.yaml").exists() and process.poll() is None:
+            time.sleep(0.02)
+        # a moment in the working part of the run, whose start-up (imports) takes a while
+        time.sleep(rng.uniform(0.1, 0.9) * max(seconds - (time.monotonic() - began), 1.0) / (k + 1))
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            hits += 1
+        process.wait()
+    done = retool(*train_args(out, *more, "--resume"))
+    assert done.returncode == 0, done.stderr
+    return hits
+
+
+def test_three_kills_change_no_bit(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    whole, seconds = undisturbed
+    out = tmp_path / "killed"
+    assert kill_then_resume(out, 3, seconds, random.Random(time.time_ns())) >= 1
+    assert trained_ids(out) == trained_ids(whole)
+    assert [s for s, _ in trained_ids(out)] == list(range(STEPS))
+    assert logged_ids(out) == logged_ids(whole)
+    ours, theirs = weights(out), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_kills_without_determinism_lose_no_group(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    whole, seconds = undisturbed
+    out = tmp_path / "killed"
+    kill_then_resume(out, 3, seconds, random.Random(time.time_ns()), "deterministic=false")
+    assert [s for s, _ in trained_ids(out)] == list(range(STEPS))
+    logged = logged_ids(out)
+    assert {s: sorted(ids) for s, ids in logged.items()} == {s: sorted(i) for s, i in logged_ids(whole).items()}
+    for step, ids in trained_ids(out):
+        assert len(set(ids)) == len(ids)
+        assert set(ids) <= set(logged[step])
+    metrics = [row for row in ledger(out) if "metrics" in row]
+    assert [row["step"] for row in metrics] == list(range(STEPS))
+
+
+def test_resume_refuses_another_recipe_and_a_missing_run(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
+    whole, _ = undisturbed
+    other = retool(*train_args(whole, "--resume", "learner.lr=0.5"))
+    assert other.returncode == 2 and "learner" in other.stderr
+    again = retool(*train_args(whole))
+    assert again.returncode == 2 and "--resume" in again.stderr
+    missing = retool(*train_args(tmp_path / "nothing", "--resume"))
+    assert missing.returncode == 2 and "no run to resume" in missing.stderr
+    assert not (tmp_path / "nothing").exists()
