@@ -44,7 +44,7 @@ _CANARY = "RETOOL_SANDBOX_CANARY"
 
 
 def module_paths(profile: str) -> tuple[str, ...]:
-    """Folders that hold the profile's modules. Raises `ConfinementUnavailable`'s base `SandboxError` when one is missing."""
+    """Folders that hold the profile's modules. Raises `SandboxError` when one is missing."""
     folders = []
     for name in PROFILES[profile].modules:
         spec = importlib.util.find_spec(name)
@@ -261,7 +261,7 @@ class LocalSandbox:
         return _result(reply["result"])
 
     async def stats(self) -> dict[str, Any]:
-        """Counters of the current supervisor (executions, status:*, infra:*, restarts, leaked, ...) and of this client."""
+        """Counters of the supervisor (executions, status:*, infra:*, restarts, leaked, ...) and of this client."""
         reply = await self._ask({"op": "stats"})
         own = {"supervisor_restarts": self._supervisor_restarts, "unavailable": self._lost}
         pid = self._link.process.pid if self._link else 0

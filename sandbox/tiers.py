@@ -1,4 +1,4 @@
-"""Tiers of isolation, strongest first, and what each consists of. Which one a machine gets is decided by attacking it."""
+"""Tiers of isolation, strongest first, and their parts. Which one a machine gets is decided by attacking it."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _HEADER = struct.Struct("!I")
 
 
 def pack_frame(message: dict[str, Any]) -> bytes:
-    """A message as length and JSON. Lone surrogates survive as escapes. Raises `SandboxProtocolError` when too large."""
+    """A message as length and JSON. Lone surrogates survive. Raises `SandboxProtocolError` when too large."""
     body = json.dumps(message, separators=(",", ":")).encode("ascii")
     if len(body) > MAX_FRAME:
         raise SandboxProtocolError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
@@ -71,7 +71,7 @@ def send_packet(
     sock: socket.socket, kind: bytes, ident: int = 0, numbers: tuple[int, ...] = (), fds: tuple[int, ...] = ()
 ) -> None:
     """Send one packet on a `SOCK_SEQPACKET` socket."""
-    payload = PACKET.pack(kind, ident, *(numbers + (0, 0, 0, 0))[:4])
+    payload = PACKET.pack(kind, ident, *(*numbers, 0, 0, 0, 0)[:4])
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     sock.sendmsg([payload], ancillary)
 

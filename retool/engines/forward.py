@@ -15,7 +15,7 @@ from retool.engines.base import EngineError
 from retool.engines.rows import Row
 from retool.engines.slot_cache import SlotCache
 
-ROUND = 32  # attention sees columns up to a multiple of this
+ROUND = 16  # attention sees columns up to a multiple of this
 PREFILL_TOKENS = 8192  # padded tokens in one prefill pass
 UNSUPPORTED_ROPE = ("dynamic", "longrope")
 
@@ -36,7 +36,6 @@ class Forward:
         self.cache = SlotCache(slots)
         self.passes = 0
         _refuse(model.config, context)
-        self._additive = model.config._attn_implementation == "eager"
 
     @torch.no_grad()
     def prefill(self, rows: Sequence[Row]) -> None:
@@ -101,10 +100,10 @@ class Forward:
         return min(-(-columns // ROUND) * ROUND, self.cache.capacity)
 
     def _run(self, tokens: torch.Tensor, positions: torch.Tensor, used: int) -> torch.Tensor:
-        mask = torch.arange(used, device=self.device) <= positions[:, None, :, None]
-        if self._additive:
-            dtype = self.model.dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill(~mask, torch.finfo(dtype).min)
+        visible = torch.arange(used, device=self.device) <= positions[:, None, :, None]
+        dtype = self.model.dtype
+        mask = torch.zeros(visible.shape, dtype=dtype, device=self.device)
+        mask.masked_fill_(~visible, torch.finfo(dtype).min)  # additive: made once here, not once a layer
         self.passes += 1
         # an idle slot may stand one column behind the last position that the model knows
         out = self.model(

@@ -31,7 +31,7 @@ def uniforms(seeds: Sequence[int], counts: Sequence[int], attempt: int = 0) -> n
     """[A] numbers in [0, 1): a pure function of each row's seed, its token count and the attempt."""
     state = _mix(np.array([s & _MASK64 for s in seeds], dtype=np.uint64) + _GOLDEN)
     state = _mix((state + _GOLDEN) ^ _mix(np.asarray(counts, dtype=np.uint64) + _GOLDEN))
-    state = _mix(state + np.uint64(attempt) * _GOLDEN)
+    state = _mix(state + np.uint64((attempt * int(_GOLDEN)) & _MASK64))
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

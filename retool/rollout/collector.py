@@ -55,6 +55,8 @@ class Collector:
         self.recipe = recipe
         self.log = log
         self.counters: Counter[str] = Counter()
+        self._semaphore: asyncio.Semaphore | None = None
+        self._semaphore_loop: asyncio.AbstractEventLoop | None = None
         if recipe.deterministic and not engine.capabilities.deterministic:
             raise RolloutError("deterministic: true needs an engine in lockstep mode")
 
@@ -187,9 +189,6 @@ class Collector:
         return trajectory
 
     # -- lockstep, gates, the log ------------------------------------------------------------------------------------
-
-    _semaphore: asyncio.Semaphore | None = None
-    _semaphore_loop: Any = None
 
     def _gate(self) -> asyncio.Semaphore:
         """Episodes in flight; in lockstep nobody may be held back, a round waits for everybody."""

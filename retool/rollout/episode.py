@@ -45,14 +45,14 @@ class EpisodeSettings:
 
     @classmethod
     def of(cls, recipe: Recipe, codec: Codec, tool: bool, sampling: Sampling | None = None) -> EpisodeSettings:
-        """What a recipe says; `tool=False` bans the string that opens a call."""
+        """What a recipe says; `tool=False` bans the string that opens a call, and nothing ends one."""
         rollout, box = recipe.rollout, recipe.sandbox
         sampling = sampling or Sampling(rollout.max_tokens, rollout.temperature, rollout.top_p, rollout.top_k)
         banned = sampling.banned if tool else (*sampling.banned, codec.protocol.call_open)
         return cls(
             max_turns=rollout.max_turns,
             max_tokens=min(rollout.max_tokens, sampling.max_tokens),
-            sampling=replace(sampling, stop=codec.protocol.stop, banned=banned),
+            sampling=replace(sampling, stop=codec.protocol.stop if tool else (), banned=banned),
             limits=Limits(wall_s=box.wall_s, cpu_s=box.cpu_s, memory_mb=box.memory_mb),
             observation_chars=rollout.observation_chars,
             sandbox_retries=box.retries,

@@ -1,1 +1,1 @@
-"""What the sandbox asks of the Linux kernel: system calls by ctypes, Landlock, seccomp, mounts. Knows nothing of runs."""
+"""What the sandbox asks of the Linux kernel: system calls by ctypes, Landlock, seccomp, mounts."""

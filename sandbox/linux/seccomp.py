@@ -29,11 +29,9 @@ _PRCTL_ALLOWED = (3, 4, 15, 16, 21, 22, 23, 38, 39, 41, 42, 0x53564D41)
 
 # In the tier without a user of its own, the files and processes of that user are the caller's too.
 _FORK_CALLS = ("fork", "vfork")
-_CHANGE_CALLS = ("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat") + (
-    "utime",
-    "utimes",
-    "futimesat",
-    "utimensat",
+_CHANGE_CALLS = (
+    *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
+    *("utime", "utimes", "futimesat", "utimensat"),
 )
 
 Rule = list[tuple[int, int, int, int]]

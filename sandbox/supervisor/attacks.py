@@ -1,4 +1,4 @@
-"""The attacks that decide whether a tier holds. Run twice: unconfined, where each must succeed, and confined, where none may.
+"""The attacks that decide whether a tier holds. Each must work unconfined, none may confined.
 
 An attack that fails without confinement proves nothing, so a tier is never believed on its account.
 """
@@ -75,7 +75,7 @@ except BaseException as error:
 sys.stdout.write(json.dumps({"breached": breached, "broken": why}) + "\n")
 sys.stdout.flush()
 """
-"""Reads one line of JSON from standard input, writes one. `signal` and `daemon` are judged by what we see, not by it."""
+"""Reads one line of JSON, writes one. `signal` and `daemon` are judged by what we see, not by what it says."""
 
 LAZY_MODULES = {"numpy": "numpy.polynomial.hermite_e", "sympy": "sympy.physics.units"}
 """Profile module -> a part of it that the warm interpreter has not imported: it must still be importable."""

@@ -1,4 +1,4 @@
-"""Reads a run's pipes from the first byte, so that no amount of output blocks it and none is lost that should be kept."""
+"""Reads a run's pipes from the first byte, so that output neither blocks it nor gets lost."""
 
 from __future__ import annotations
 

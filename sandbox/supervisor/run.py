@@ -14,7 +14,7 @@ from sandbox.supervisor.unit import Child, Unit
 from sandbox.types import ExecResult, Limits, SandboxInfraError, Status, Usage
 from sandbox.worker.runner import JOB_HEADER
 
-_REPORT_BYTES = 64 * 1024
+_REPORT_BYTES = 512 * 1024
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Run:
         self.stderr = Stream(limits.output_head_bytes, limits.output_tail_bytes)
         self.report = Stream(_REPORT_BYTES, 0)
         self.pump = Pump(limits.output_kill_bytes, lambda: self._stop(Status.OUTPUT_LIMIT))
-        self.talk = Pump(4 * _REPORT_BYTES, lambda: self._stop(Status.OUTPUT_LIMIT))
+        self.talk = Pump(2 * _REPORT_BYTES, lambda: self._stop(Status.OUTPUT_LIMIT))
 
     def _stop(self, reason: Status) -> None:
         if self._killed_for is None and not self.child.exited.done():

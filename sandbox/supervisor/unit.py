@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -89,7 +90,7 @@ class Unit:
             "zygote_fd": zygote_far.fileno(),
         }
         with self._errors.open("wb") as errors:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220 (a vfork; milliseconds)
                 [sys.executable, "-s", "-P", str(BOOT), "warden", json.dumps(config)],
                 env=CLEAN_ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
@@ -281,19 +282,17 @@ class Unit:
 
 
 def _kill(pidfd: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except (ProcessLookupError, OSError):
-        pass
 
 
-async def _wait_pidfd(fd: int, timeout: float) -> bool:
+async def _wait_pidfd(fd: int, patience_s: float) -> bool:
     """True once the process behind a pidfd has ended; a timeout is an answer here."""
     loop = asyncio.get_running_loop()
     done = asyncio.Event()
     loop.add_reader(fd, done.set)
     try:
-        await asyncio.wait_for(done.wait(), timeout)
+        await asyncio.wait_for(done.wait(), patience_s)
     except TimeoutError:
         return False
     finally:

@@ -1,4 +1,4 @@
-"""Executing source as a REPL would: the last expression is shown when nothing was printed; tracebacks show user frames."""
+"""Executing source as a REPL would: the last expression is shown; tracebacks show user frames."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Protocol
 MAIN = "main.py"
 """File name of the user's code in tracebacks."""
 _TEXT_MAX = 12_000
+_FRAMES_MAX = 1_100  # the innermost; enough for the default recursion limit
 
 
 class Written(Protocol):
@@ -65,7 +66,7 @@ def describe(error: BaseException) -> dict[str, str]:
         name = str(type(error).__name__)
         if isinstance(error, MemoryError):
             error.__context__ = error.__cause__ = None
-        shown = traceback.TracebackException.from_exception(error, capture_locals=False, compact=True)
+        shown = traceback.TracebackException.from_exception(error, limit=-_FRAMES_MAX, compact=True)
         _only_user_frames(shown, set())
         return {"type": name, "message": _clip(str(error)), "traceback": _clip("".join(shown.format()))}
     except BaseException:

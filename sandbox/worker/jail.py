@@ -1,4 +1,4 @@
-"""Confining one child, step by step, before it sees any user bytes. A step that fails raises: nothing runs half-confined."""
+"""Confining one child, step by step, before it sees any user bytes. A step that fails raises."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import resource
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 from sandbox.linux import landlock, seccomp
 from sandbox.linux import syscalls as sys_
@@ -76,7 +77,7 @@ def confine(jail: Jail, ident: int, uid: int, pid: int) -> None:
     workdir = jail.workdir(ident)
     os.umask(0o077)
     if not tier.namespaces:
-        os.mkdir(workdir, 0o700)
+        Path(workdir).mkdir(0o700)
     if tier.namespaces:
         _enter_namespaces(jail)
     elif tier.own_uid:

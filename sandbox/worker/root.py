@@ -64,7 +64,7 @@ def build(python_paths: tuple[str, ...]) -> None:
         else:
             _bind(path, root)
     for path, destination in links:
-        os.symlink(destination, root + path)
+        Path(root + path).symlink_to(destination)
     for path in ETC_FILES:
         if Path(path).exists():
             _bind(path, root)
@@ -79,7 +79,7 @@ def build(python_paths: tuple[str, ...]) -> None:
     Path(root, "dev").mkdir(exist_ok=True)
     for name in ("/dev/shm", "/tmp"):
         if not Path(root + name).exists():  # /tmp exists when the interpreter itself lives below it
-            os.symlink(WORKDIR, root + name)
+            Path(root + name).symlink_to(WORKDIR)
     sys_.mount("/proc", root + "/proc", "", sys_.MS_BIND | sys_.MS_REC)
     os.chdir(root)
     sys_.pivot_root(".", ".")

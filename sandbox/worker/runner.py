@@ -7,6 +7,7 @@ report only adds the text of an exception.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import gc
 import io
 import json
@@ -33,7 +34,7 @@ class _CountingFile(io.FileIO):
 
     written = 0
 
-    def write(self, data: Any, /) -> int | None:
+    def write(self, data: Any, /) -> int:
         self.written += len(data)
         return super().write(data)
 
@@ -69,9 +70,11 @@ def _provide_stdin(data: bytes) -> None:
 
 
 def _lower(kind: int, soft: int, hard: int | None = None) -> None:
-    limit = resource.getrlimit(kind)[1]
-    cap = (lambda value: value) if limit == resource.RLIM_INFINITY else (lambda value: min(value, limit))
-    resource.setrlimit(kind, (cap(soft), cap(hard if hard is not None else soft)))
+    ceiling = resource.getrlimit(kind)[1]
+    hard = soft if hard is None else hard
+    if ceiling != resource.RLIM_INFINITY:
+        soft, hard = min(soft, ceiling), min(hard, ceiling)
+    resource.setrlimit(kind, (soft, hard))
 
 
 def apply_limits(settings: dict[str, Any], base_bytes: int, filtered: bool) -> None:
@@ -95,12 +98,13 @@ def _seed(seed: int) -> None:
 
 def _fresh_streams() -> _CountingFile:
     raw = _CountingFile(1, "wb", closefd=False)
-    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: PTH123, SIM115
+    sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
     sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="replace")
     sys.stderr = io.TextIOWrapper(
         io.FileIO(2, "wb", closefd=False), encoding="utf-8", errors="backslashreplace", write_through=True
     )
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+    for name in ("stdin", "stdout", "stderr"):
+        setattr(sys, f"__{name}__", getattr(sys, name))
     return raw
 
 
@@ -121,10 +125,8 @@ def _exit_code(code: object) -> int:
         return 0
     if isinstance(code, int):
         return code if 0 <= code <= 255 else 255
-    try:
+    with contextlib.suppress(BaseException):
         sys.stderr.write(f"{code}\n")
-    except Exception:
-        pass
     return 1
 
 
@@ -134,18 +136,14 @@ def _finish() -> None:
     import threading
 
     for step in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
-        try:
+        with contextlib.suppress(BaseException):
             step()
-        except BaseException:
-            pass
 
 
 def _flush_all(stdout: io.TextIOWrapper) -> None:
     for stream in (sys.stdout, stdout):
-        try:
+        with contextlib.suppress(BaseException):
             stream.flush()
-        except BaseException:
-            pass
 
 
 def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
@@ -174,8 +172,6 @@ def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
     _finish()
     _flush_all(stdout)  # type: ignore[arg-type]
     if report:
-        try:
-            os.write(report_fd, json.dumps(report).encode("ascii")[: 64 * 1024])
-        except BaseException:
-            pass
+        with contextlib.suppress(BaseException):
+            os.write(report_fd, json.dumps(report).encode("ascii"))
     os._exit(status)

@@ -77,7 +77,7 @@ def _init() -> NoReturn:
 def _uids_of_processes() -> list[tuple[int, int, int]]:
     """(pid, parent pid, real uid) of every process we can see, zombies included."""
     rows = []
-    for entry in os.listdir("/proc"):
+    for entry in os.listdir("/proc"):  # noqa: PTH208
         if entry.isdigit():
             try:
                 lines = Path("/proc", entry, "status").read_text().splitlines()
@@ -236,7 +236,7 @@ def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoRet
         sys.path[:] = [*sys.path, *(path for path in config["module_paths"] if path not in sys.path)]
         warm(PROFILES[config["profile"]])
         base = address_space()
-        wire.send_packet(control, wire.READY, 0, (base, int(os.readlink("/proc/self")), threads()))
+        wire.send_packet(control, wire.READY, 0, (base, int(Path("/proc/self").readlink().name), threads()))
         Zygote(control, jail, base).serve()
     except BaseException as error:
         print(json.dumps({"step": f"warming up: {type(error).__name__}: {error}"}), file=sys.stderr, flush=True)

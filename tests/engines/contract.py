@@ -177,6 +177,12 @@ async def _settled(engine: Any) -> None:
     await engine.sync(None, version=engine.version)
 
 
+async def _ticks(engine: Any, n: int) -> None:
+    """Until the engine has sampled `n` times."""
+    while engine.stats()["ticks"] < n:  # noqa: ASYNC110 (an engine tells nobody)
+        await asyncio.sleep(0.001)
+
+
 class WeightsContract(EngineContract):
     """For engines over a model that this process can also run: `model(engine)` gives it."""
 
@@ -196,8 +202,7 @@ class WeightsContract(EngineContract):
         other = await engine.open(encode(tok, PROMPT), seed=2)
         beside = asyncio.create_task(other.generate(Sampling(60, temperature=0, min_tokens=60)))
         task = asyncio.create_task(session.generate(Sampling(100, temperature=0, min_tokens=100)))
-        while engine.stats()["ticks"] < 5:
-            await asyncio.sleep(0.001)
+        await _ticks(engine, 5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -295,8 +300,7 @@ class WeightsContract(EngineContract):
         prompt = encode(tok, PROMPT)
         session = await engine.open(prompt, seed=1)
         task = asyncio.create_task(session.generate(Sampling(100, temperature=0.8, min_tokens=100)))
-        while engine.stats()["ticks"] < 3:
-            await asyncio.sleep(0.001)
+        await _ticks(engine, 3)
         fresh = {k: v + 0.05 * torch.randn_like(v) for k, v in self.model(engine).state_dict().items()}
         old = {k: v.clone() for k, v in self.model(engine).state_dict().items()}
         await engine.sync(fresh, version=1)
