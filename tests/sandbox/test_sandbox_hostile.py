@@ -43,7 +43,9 @@ async def test_reads_nothing_outside(box: LocalSandbox, bare: LocalSandbox, tmp_
     confined, control = await both(box, bare, link)
     assert "the answer" in control and confined.startswith("refused")
     for path in ("/etc/shadow", "/root/.ssh", "/proc/1/environ", "/proc/1/mem", "/sys/kernel", "/var/run"):
-        result = await box.exec(TRY + f"attempt(lambda: (__import__('os').listdir if {path!r}[-1] in 'lhn' else open)({path!r}))")
+        result = await box.exec(
+            TRY + f"attempt(lambda: (__import__('os').listdir if {path!r}[-1] in 'lhn' else open)({path!r}))"
+        )
         assert result.stdout.startswith("refused"), path
 
 
@@ -52,7 +54,13 @@ async def test_writes_nothing_outside(box: LocalSandbox, bare: LocalSandbox, tmp
     code = f"attempt(lambda: open({str(tmp_path)!r} + '/mark', 'w').write('x'))"
     confined, control = await both(box, bare, code)
     assert control.startswith("did") and confined.startswith("refused")
-    for path in ("/usr/mark", "/lib/mark", "/etc/passwd", os.path.dirname(os.__file__) + "/mark.py", "/proc/sys/kernel/core_pattern"):
+    for path in (
+        "/usr/mark",
+        "/lib/mark",
+        "/etc/passwd",
+        os.path.dirname(os.__file__) + "/mark.py",
+        "/proc/sys/kernel/core_pattern",
+    ):
         result = await box.exec(TRY + f"attempt(lambda: open({path!r}, 'w'))")
         assert result.stdout.startswith("refused"), path
     for path in ("/usr/mark", os.path.dirname(os.__file__) + "/mark.py"):
@@ -90,8 +98,8 @@ attempt(lambda: socket.getaddrinfo("example.com", 80))
 attempt(lambda: asyncio.run(asyncio.sleep(0.01, "asyncio")))
 attempt(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
 """
-    assert (await box.exec(TRY + code)).stdout.split("\n")[:3] == [
-        "refused gaierror -2",
+    lines = (await box.exec(TRY + code)).stdout.splitlines()
+    assert lines[0].startswith("refused gaierror") and lines[1:] == [
         "did asyncio",
         "refused PermissionError 1",
     ]
@@ -101,7 +109,9 @@ async def test_signals_nobody(box: LocalSandbox, bare: LocalSandbox) -> None:
     code = f"import os\nattempt(lambda: os.kill({os.getpid()}, 0))"
     confined, control = await both(box, bare, code)
     assert control.startswith("did") and confined.startswith("refused")
-    result = await box.exec("import os, signal\nsignal.signal(15, signal.SIG_IGN)\nfor p in (os.getppid(), 1, -1):\n  try: os.kill(p, 15)\n  except OSError: pass\nprint('still here')")
+    result = await box.exec(
+        "import os, signal\nsignal.signal(15, signal.SIG_IGN)\nfor p in (os.getppid(), 1, -1):\n  try: os.kill(p, 15)\n  except OSError: pass\nprint('still here')"
+    )
     assert result.stdout == "still here\n"
     assert (await box.stats())["restarts"] == 0
 
@@ -178,7 +188,9 @@ async def test_kernel_surface(box: LocalSandbox, name: str) -> None:
 
 @pytest.mark.parametrize("number", [425, 426, 427, 435, 999])
 async def test_new_calls_do_not_exist(box: LocalSandbox, number: int) -> None:
-    result = await box.exec(f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.syscall({number}, 0, 0, 0), ctypes.get_errno())")
+    result = await box.exec(
+        f"import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nprint(libc.syscall({number}, 0, 0, 0), ctypes.get_errno())"
+    )
     assert result.stdout == "-1 38\n"
 
 
@@ -196,7 +208,9 @@ async def test_fork_bomb_is_capped_and_gone(box: LocalSandbox) -> None:
     for _ in range(3):  # an id or namespace that was not emptied would make the second run fail
         result = await box.exec(code, limits=Limits(processes=12, wall_s=20))
         assert result.stdout in ("11 BlockingIOError\n",), result
-    storm = await box.exec("import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", limits=Limits(processes=8, wall_s=1))
+    storm = await box.exec(
+        "import os\nwhile True:\n  try: os.fork()\n  except OSError: pass", limits=Limits(processes=8, wall_s=1)
+    )
     assert storm.status in (Status.TIMEOUT, Status.CPU_LIMIT)
     assert (await box.exec("print(1)")).ok
 
@@ -218,7 +232,9 @@ async def test_daemon_dies_with_its_run(box: LocalSandbox) -> None:
 
 
 async def test_background_children_die_with_a_timeout(box: LocalSandbox) -> None:
-    code = "import subprocess, time\nsubprocess.Popen(['/bin/sh', '-c', 'sleep 98766.5 & sleep 98766.5'])\ntime.sleep(1e6)"
+    code = (
+        "import subprocess, time\nsubprocess.Popen(['/bin/sh', '-c', 'sleep 98766.5 & sleep 98766.5'])\ntime.sleep(1e6)"
+    )
     assert (await box.exec(code, limits=Limits(wall_s=1))).status is Status.TIMEOUT
     assert processes("sleep 98766.5") == []
 

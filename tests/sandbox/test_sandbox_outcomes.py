@@ -41,7 +41,9 @@ async def test_status(box: LocalSandbox, code: str, status: Status, exit_code: i
 
 
 async def test_deep_recursion_is_typed(box: LocalSandbox) -> None:
-    result = await box.exec("import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)", limits=Limits(wall_s=60, cpu_s=2))
+    result = await box.exec(
+        "import sys\nsys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)", limits=Limits(wall_s=60, cpu_s=2)
+    )
     assert result.status in (Status.ERROR, Status.SIGNAL, Status.MEMORY_LIMIT, Status.CPU_LIMIT)
 
 
@@ -183,8 +185,12 @@ async def test_seed_decides_random_numbers_and_digest(box: LocalSandbox) -> None
 
 
 async def test_runs_share_no_state(box: LocalSandbox) -> None:
-    await box.exec("import builtins, math, os; builtins.x = 1; math.pi = 3; open('left', 'w').write('x'); os.environ['A'] = '1'")
-    result = await box.exec("import builtins, math, os; print(hasattr(builtins, 'x'), math.pi > 3.1, os.listdir('.'), 'A' in os.environ)")
+    await box.exec(
+        "import builtins, math, os; builtins.x = 1; math.pi = 3; open('left', 'w').write('x'); os.environ['A'] = '1'"
+    )
+    result = await box.exec(
+        "import builtins, math, os; print(hasattr(builtins, 'x'), math.pi > 3.1, os.listdir('.'), 'A' in os.environ)"
+    )
     assert result.stdout == "False True [] False\n"
 
 
