@@ -17,11 +17,11 @@ from sandbox import wire
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
 from sandbox.types import SandboxInfraError
+from sandbox.worker.jail import INIT_SEES_CHILD_AS
 
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 SPAWN_TIMEOUT_S = 20.0
 WARM_TIMEOUT_S = 60.0
-INIT_SEES_CHILD_AS = 2
 
 
 class UnitFailed(Exception):
