@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import os
 import struct
 from collections.abc import Iterable
@@ -86,6 +87,7 @@ def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return ranges
 
 
+@functools.lru_cache(maxsize=4)
 def build(pid: int, deny_fork: bool = False) -> bytes:
     """The filter program for the process `pid` (as it sees itself); `deny_fork` also forbids new processes."""
     program: Rule = [(_LD, 0, 0, 4), (_JEQ, 1, 0, _AUDIT_ARCH[MACHINE]), (_RET, 0, 0, _KILL), (_LD, 0, 0, 0)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
-import subprocess
 from collections import Counter, deque
 
 from sandbox.supervisor.settings import Settings
@@ -90,12 +88,11 @@ class Pool:
     async def discard(self, unit: Unit, child: Child) -> None:
         """End a child that was not used."""
         await unit.destroy(child)
-        self.recycle(child, clean=True)
+        self.recycle(unit, child, clean=True)
 
-    def recycle(self, child: Child, clean: bool) -> None:
+    def recycle(self, unit: Unit, child: Child, clean: bool) -> None:
         """After a run: forget its files and give its user id back, unless something of it is still alive."""
-        if not self.tier.namespaces:
-            _remove(f"{self.settings.work_root}/{child.ident}")
+        unit.forget(child)
         if not clean:
             self.counts["leaked"] += 1
         elif child.uid:
@@ -120,13 +117,3 @@ class Pool:
             await self._unit.stop()
         for child in self._ready:
             child.close()
-
-
-def _remove(path: str) -> None:
-    """Remove a work folder. Its processes are dead; `rmtree` never follows links, and `rm` handles any depth."""
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-    except (OSError, RecursionError):
-        subprocess.run(["rm", "-rf", "--", path], check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

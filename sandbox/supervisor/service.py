@@ -173,7 +173,7 @@ class Service:
             return await run.execute(1e3 * (time.monotonic() - queued))
         finally:
             del self._running[handle]
-            self._pool.recycle(child, clean=not run.leaked)
+            self._pool.recycle(unit, child, clean=not run.leaked)
             self._pool.refill()
 
     def cancel(self, handle: int) -> bool:

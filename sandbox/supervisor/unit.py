@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,11 +19,15 @@ from sandbox import wire
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
 from sandbox.types import SandboxInfraError
+from sandbox.worker.jail import INIT_SEES_CHILD_AS
 
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 SPAWN_TIMEOUT_S = 20.0
 WARM_TIMEOUT_S = 60.0
-INIT_SEES_CHILD_AS = 2
+
+
+_IDENTS = itertools.count(1)
+"""Ids of children, unique in this supervisor: work folders are named by them."""
 
 
 class UnitFailed(Exception):
@@ -62,7 +68,6 @@ class Unit:
         self.lost = asyncio.Event()
         self.base_bytes = 0
         self.zygote_pid = 0
-        self._next = 0
         self._children: dict[int, Child] = {}
         self._replies: dict[tuple[bytes, int], asyncio.Future[tuple[bytes, tuple[int, ...], list[int]]]] = {}
         self._process: subprocess.Popen[bytes] | None = None
@@ -201,8 +206,7 @@ class Unit:
 
     async def spawn(self, uid: int) -> Child:
         """Fork and confine a child that waits for a job. Raises `SandboxInfraError` (spawn_failed, jail_failed)."""
-        self._next += 1
-        ident = self._next
+        ident = next(_IDENTS)
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(4)]
         (job_r, job_w), (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
         child = Child(ident, job_w, out_r, err_r, rep_r, uid)
@@ -227,6 +231,7 @@ class Unit:
             await self._await_ready(child)
         except BaseException:
             await self.destroy(child)
+            self.forget(child)
             raise
         for fd in (child.stdout, child.stderr, child.report, child.job):
             os.set_blocking(fd, False)
@@ -267,6 +272,11 @@ class Unit:
             return await self.kill(child)
         finally:
             child.close()
+
+    def forget(self, child: Child) -> None:
+        """Remove the files of a child whose processes are dead."""
+        if not self.tier.namespaces:
+            _remove(f"{self.settings.work_root}/{child.ident}")
 
     async def stop(self) -> None:
         """End the unit; returns when the warden has gone, which takes everything else with it."""
@@ -309,3 +319,13 @@ async def _read_some(fd: int) -> bytes:
         return os.read(fd, 4096)
     finally:
         loop.remove_reader(fd)
+
+
+def _remove(path: str) -> None:
+    """Remove a work folder. Its processes are dead; `rmtree` never follows links, and `rm` handles any depth."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except (OSError, RecursionError):
+        subprocess.run(["rm", "-rf", "--", path], check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -17,6 +17,10 @@ JAIL_ID = 1000
 """User and group id inside tier `ns`."""
 
 
+INIT_SEES_CHILD_AS = 2
+"""In its own process namespace the init is 1 and the child is the next."""
+
+
 @dataclass(frozen=True)
 class Jail:
     """What every child of a warm unit gets. `ruleset`: Landlock file descriptor or -1."""

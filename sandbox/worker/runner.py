@@ -11,6 +11,7 @@ import contextlib
 import gc
 import io
 import json
+import linecache
 import os
 import random
 import resource
@@ -21,10 +22,12 @@ import types
 from typing import Any
 
 from sandbox.linux import seccomp
+from sandbox.linux.syscalls import SUPPORTED
 from sandbox.worker.display import MAIN, describe, run_source
 
 JOB_HEADER = struct.Struct("!II")
 READY_BYTE = b"R"
+_CPU_LIMIT_LOCK = seccomp.build_cpu_limit_lock() if SUPPORTED else b""
 _MIB = 1024 * 1024
 _RESERVE = 32 * _MIB  # address space kept back so that a MemoryError can still be described
 
@@ -86,7 +89,7 @@ def apply_limits(settings: dict[str, Any], base_bytes: int, filtered: bool) -> N
     used = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
     _lower(resource.RLIMIT_CPU, used + settings["cpu_s"], used + settings["cpu_s"] + 1)
     if filtered:
-        seccomp.install(seccomp.build_cpu_limit_lock())
+        seccomp.install(_CPU_LIMIT_LOCK)
 
 
 def _seed(seed: int) -> None:
@@ -114,9 +117,25 @@ def _main_module() -> dict[str, Any]:
     module.__dict__["__file__"] = MAIN
     sys.modules["__main__"] = module
     sys.argv = [MAIN]
-    for name in [name for name in sys.modules if name == "sandbox" or name.startswith("sandbox.")]:
-        del sys.modules[name]
     return module.__dict__
+
+
+def rehearse() -> list[types.ModuleType]:
+    """In the zygote: do once what every run does, so that children find it done, and hide our modules from them.
+
+    Returns the hidden modules; the caller keeps them alive.
+    """
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for source in ("x = 1\nx", "def f():\n    1 / 0\nf()", "def"):
+        try:
+            with open(os.devnull, "wb", buffering=0) as null, contextlib.redirect_stdout(io.StringIO()):  # noqa: PTH123
+                run_source(source, names, _CountingFile(null.fileno(), "wb", closefd=False))
+        except Exception as error:
+            json.loads(json.dumps(describe(error)))
+    linecache.clearcache()
+    _seed(0)
+    ours = [name for name in sys.modules if name == "sandbox" or name.startswith("sandbox.")]
+    return [sys.modules.pop(name) for name in ours]
 
 
 def _exit_code(code: object) -> int:

@@ -28,8 +28,9 @@ _NAMESPACES = sys_.CLONE_NEWUSER | sys_.CLONE_NEWNS | sys_.CLONE_NEWIPC | sys_.C
 
 def enter_namespaces(python_paths: tuple[str, ...], uid: int) -> None:
     """Private root, no network, no privilege outside. Root becomes `uid` first, so that nothing maps to root."""
+    privileged = os.geteuid() == 0
     uid_gid = (os.geteuid(), os.getegid())
-    if os.geteuid() == 0:
+    if privileged:
         sys_.unshare(sys_.CLONE_NEWNS)
         root.build(python_paths)
         os.setgroups([])
@@ -41,7 +42,7 @@ def enter_namespaces(python_paths: tuple[str, ...], uid: int) -> None:
     proc = os.open("/proc", os.O_PATH | os.O_CLOEXEC)
     write_id_maps(proc, JAIL_ID, *uid_gid)
     os.close(proc)
-    if uid_gid[0] != uid:
+    if not privileged:
         root.build(python_paths)
 
 

@@ -98,8 +98,8 @@ attempt(lambda: socket.getaddrinfo("example.com", 80))
 attempt(lambda: asyncio.run(asyncio.sleep(0.01, "asyncio")))
 attempt(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
 """
-    assert (await box.exec(TRY + code)).stdout.split("\n")[:3] == [
-        "refused gaierror -2",
+    lines = (await box.exec(TRY + code)).stdout.splitlines()
+    assert lines[0].startswith("refused gaierror") and lines[1:] == [
         "did asyncio",
         "refused PermissionError 1",
     ]
