@@ -38,7 +38,7 @@ def test_summary_has_the_promised_shape(demo: Path) -> None:
     assert set(summary) == {"stages", "seconds", "rollout"}
     assert set(summary["stages"]) == {"base", "sft", "rl"}
     for stage in summary["stages"].values():
-        assert set(stage["by_family"]) == {"product", "power_mod", "larger"}
+        assert set(stage["by_family"]) == {"product", "square_plus", "last"}
         for part in (stage, *stage["by_family"].values()):
             for arm in ("tool", "no_tool"):
                 figures = part[arm]
@@ -57,14 +57,14 @@ def test_report_shows_curves_and_traces_and_runs_nothing(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     assert page.count("data:image/svg+xml;base64,") >= 4
     assert "<script" not in page
-    assert "after RL" in page and "What is" in page
+    assert "after RL" in page and "Say what" in page
 
 
 def test_every_trace_block_was_executed(demo: Path) -> None:
     rows = [json.loads(line) for line in (demo / "traces.jsonl").read_text().splitlines()]
     with_tool = [row for row in rows if row["tool_calls"]]
     assert len(rows) == 60
-    assert {row["family"] for row in with_tool} == {"product", "power_mod", "larger"}
+    assert {row["family"] for row in with_tool} == {"product", "square_plus", "last"}
     for row in with_tool:
         shown = [s["text"].strip() for s in row["segments"] if s["origin"] == "tool"]
         assert shown == [row["problem"]["answer"]]
