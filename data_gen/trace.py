@@ -12,7 +12,7 @@ call), then what the tool said (origin `tool`, the plain text that the sandbox g
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +81,7 @@ class Trace:
         """What the teacher wrote, without what the tool said."""
         return "".join(s.text for s in self.segments if s.origin == "demo")
 
-    def rendered(self, protocol: ToolProtocol, escape: Any = str) -> str:
+    def rendered(self, protocol: ToolProtocol, escape: Callable[[str], str] = str) -> str:
         """The whole trace as text, observations in their tags; `escape` makes tool output harmless."""
         parts = (s.text if s.origin == "demo" else "".join(protocol.observation(escape(s.text))) for s in self.segments)
         return "".join(parts)
