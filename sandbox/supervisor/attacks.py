@@ -36,6 +36,22 @@ def network():
             pass
     return reached
 
+def datagrams():
+    sent = False
+    for family, address in ((socket.AF_INET, ("127.0.0.1", told["udp_port"])), (socket.AF_UNIX, told["abstract"] + "d")):
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.sendto(b"x", address)
+                sent = True
+        except OSError:
+            pass
+    return sent
+
+def system_calls():
+    for sock in socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM):
+        sock.close()
+    return True
+
 def environment():
     return told["secret"].encode() in open(f"/proc/{told['pid']}/environ", "rb").read()
 
@@ -53,6 +69,8 @@ def daemon():
 attack("read", read_outside)
 attack("write", write_outside)
 attack("network", network)
+attack("datagrams", datagrams)
+attack("system calls", system_calls)
 attack("signal", lambda: os.kill(told["pid"], 23) or True)  # SIGURG: harmless to whoever it hits by mistake
 attack("environment", environment)
 if told["daemon"]:
@@ -81,10 +99,12 @@ LAZY_MODULES = {"numpy": "numpy.polynomial.hermite_e", "sympy": "sympy.physics.u
 """Profile module -> a part of it that the warm interpreter has not imported: it must still be importable."""
 
 NAMES = {
-    "read": "reads files outside",
-    "write": "writes files outside",
-    "network": "connects to a listener",
-    "signal": "signals a process outside",
-    "environment": "reads the supervisor's environment",
-    "daemon": "leaves a daemon behind",
+    "read": "read files outside",
+    "write": "write files outside",
+    "network": "connect to a listener",
+    "datagrams": "send datagrams",
+    "system calls": "make system calls that should be filtered",
+    "signal": "signal a process outside",
+    "environment": "read the supervisor's environment",
+    "daemon": "leave a daemon behind",
 }

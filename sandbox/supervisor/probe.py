@@ -43,20 +43,26 @@ class Probe:
         self.canary = self.outside / "canary"
         self.canary.write_text(self.secret)
         self.canary.chmod(0o644)
-        self.port, self.abstract = 0, f"\0retool-sandbox-probe-{secrets.token_hex(8)}"
-        for family, address in ((socket.AF_INET, ("127.0.0.1", 0)), (socket.AF_UNIX, self.abstract)):
-            listener = socket.socket(family, socket.SOCK_STREAM)
-            self._listeners.append(listener)
-            try:
-                listener.bind(address)
-                listener.listen(16)
-            except OSError:
-                continue  # without a loopback device the other listener has to do
-            if family == socket.AF_INET:
-                self.port = listener.getsockname()[1]
+        self.abstract = f"\0retool-sandbox-probe-{secrets.token_hex(8)}"
+        self.port = self._listen(socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0))
+        self.udp_port = self._listen(socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0))
+        self._listen(socket.AF_UNIX, socket.SOCK_STREAM, self.abstract)
+        self._listen(socket.AF_UNIX, socket.SOCK_DGRAM, self.abstract + "d")
         asyncio.get_running_loop().add_signal_handler(signal.SIGURG, self._signalled)
         self._control = asyncio.get_running_loop().create_task(self._run_control())
         return self
+
+    def _listen(self, family: int, kind: int, address: str | tuple[str, int]) -> int:
+        """A listener; its port, or 0: without a loopback device the others have to do."""
+        listener = socket.socket(family, kind)
+        self._listeners.append(listener)
+        try:
+            listener.bind(address)
+            if kind == socket.SOCK_STREAM:
+                listener.listen(16)
+        except OSError:
+            return 0
+        return int(listener.getsockname()[1]) if family == socket.AF_INET else 0
 
     def __exit__(self, *_: object) -> None:
         for listener in self._listeners:
@@ -76,6 +82,7 @@ class Probe:
             "secret": self.secret,
             "outside": str(self.outside),
             "port": self.port,
+            "udp_port": self.udp_port,
             "abstract": self.abstract,
             "pid": os.getpid(),
             "daemon": daemon,
@@ -122,7 +129,7 @@ class Probe:
             return f"the attacks could not be tried without confinement: {type(error).__name__}: {error}"
         useless = [NAMES[name] for name, worked in control.items() if not worked]
         if useless:
-            return f"not provable here, since it fails without confinement too: {', '.join(useless)}"
+            return f"not provable here, since without confinement code cannot {', '.join(useless)}"
         modules = [LAZY_MODULES[name] for name in PROFILES[self.settings.profile].modules if name in LAZY_MODULES]
         before = self.signals
         unit, child = await pool.take()
@@ -140,7 +147,7 @@ class Probe:
         breached = dict(said["breached"], signal=self.signals > before, daemon=run.leaked)
         holes = [NAMES[name] for name, worked in breached.items() if worked]
         if holes:
-            return f"confined code still {', '.join(holes)}"
+            return f"confined code can still {', '.join(holes)}"
         return f"ordinary code does not work: {said['broken']}" if said["broken"] else ""
 
 

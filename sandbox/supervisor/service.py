@@ -189,6 +189,7 @@ class Service:
         return {
             **self.counts,
             "tier": self.tier,
+            "workers": self.settings.workers,
             "running": len(self._running),
             "waiting": self._waiting,
             **(pool.describe() if pool else {}),
