@@ -92,11 +92,12 @@ def all_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[tupl
 
 
 def nearest_key(key: str) -> str | None:
-    """The valid dotted key most like `key`."""
+    """The valid dotted key most like `key`: a slip of the pen first, then the same name in another section."""
     keys = [k for k, _ in all_keys()]
+    near = difflib.get_close_matches(key, keys, 1, 0.8)
     same_leaf = [k for k in keys if k.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
-    near = difflib.get_close_matches(key, keys, 1, 0.5) or same_leaf[:1]
-    return near[0] if near else None
+    same_leaf.sort(key=lambda k: not k.startswith(("learner.", "rollout.")))  # RL's own before those of other stages
+    return next(iter([*near, *same_leaf, *difflib.get_close_matches(key, keys, 1, 0.5)]), None)
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
