@@ -129,7 +129,7 @@ def rollout_summary(metrics: list[dict[str, float]]) -> dict[str, float]:
 def print_summary(summary: dict[str, Any]) -> None:
     """The table in the terminal."""
     header, rows = summary_rows(summary)
-    console.print(table("held-out accuracy (95 % interval) and share of answers that call the tool", header, rows))
+    console.print(table("held-out problems (intervals are 95 %)", header, rows))
     console.print("  ".join(f"{k} {v} s" for k, v in summary["seconds"].items()), markup=False)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from retool.config import ModelConfig, TinyModelConfig
 from retool.errors import UserError
@@ -23,6 +24,8 @@ TINY_TEMPLATE = (
 )
 TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>")
 DEFAULT_TAGS = ("<code>", "</code>", "<interpreter>", "</interpreter>", "<answer>", "</answer>")
+
+transformers_logging.disable_progress_bar()  # our own bars tell what is going on
 
 
 class ModelError(UserError):

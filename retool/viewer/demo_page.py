@@ -84,20 +84,21 @@ def _traces(trajectories: Sequence[Trajectory], codec: Codec) -> list[Any]:
 
 
 def summary_rows(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: all problems, then family by family; a column pair a stage."""
-    header = ["problems", *(f"{s} {what}" for s in STAGES for what in ("with tool", "calls", "without"))]
-    families = list(summary["stages"]["rl"]["by_family"])
+    """Header and rows of the demo's table: problem family by family, stage by stage."""
+    header = ["problems", "stage", "accuracy with tool", "calls the tool", "accuracy without"]
     rows = []
-    for family in ("all", *families):
-        row = [family]
+    for family in ("all", *summary["stages"]["rl"]["by_family"]):
         for stage in STAGES:
             figures = summary["stages"][stage]
             part = figures if family == "all" else figures["by_family"][family]
             low, high = part["tool"]["ci95"]
-            row += [
-                f"{part['tool']['accuracy']:.2f} ({low:.2f}–{high:.2f})",
-                f"{part['tool']['code_ratio']:.2f}",
-                f"{part['no_tool']['accuracy']:.2f}",
-            ]
-        rows.append(row)
+            rows.append(
+                [
+                    family if stage == STAGES[0] else "",
+                    STAGE_NAMES[stage],
+                    f"{part['tool']['accuracy']:.2f} ({low:.2f}–{high:.2f})",
+                    f"{part['tool']['code_ratio']:.2f}",
+                    f"{part['no_tool']['accuracy']:.2f}",
+                ]
+            )
     return header, rows
