@@ -38,7 +38,8 @@ def network():
 
 def datagrams():
     sent = False
-    for family, address in ((socket.AF_INET, ("127.0.0.1", told["udp_port"])), (socket.AF_UNIX, told["abstract"] + "d")):
+    inet, unix = ("127.0.0.1", told["udp_port"]), told["abstract"] + "d"
+    for family, address in ((socket.AF_INET, inet), (socket.AF_UNIX, unix)):
         try:
             with socket.socket(family, socket.SOCK_DGRAM) as sock:
                 sock.sendto(b"x", address)

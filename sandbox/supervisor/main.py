@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import shutil
 import signal
 import socket
 from typing import Any
@@ -31,11 +33,16 @@ class Connection:
         while (message := await read_frame(self.reader)) is not None:
             ident = int(message["id"])
             if message["op"] == "exec":
-                self.tasks[ident] = asyncio.create_task(self._exec(ident, message))
+                task = asyncio.create_task(self._exec(ident, message))
+                self.tasks[ident] = task
+                task.add_done_callback(functools.partial(self._done, ident))
             elif message["op"] == "cancel":
                 self._cancel(int(message["target"]))
             elif message["op"] == "stats":
                 self.send({"id": ident, "stats": self.service.stats()})
+
+    def _done(self, ident: int, _: asyncio.Task[None]) -> None:
+        self.tasks.pop(ident, None)
 
     async def _exec(self, ident: int, message: dict[str, Any]) -> None:
         try:
@@ -44,8 +51,6 @@ class Connection:
             await self.writer.drain()
         except ConnectionError:
             pass
-        finally:
-            self.tasks.pop(ident, None)
 
     def _cancel(self, target: int) -> None:
         if not self.service.cancel(target) and target in self.tasks:
@@ -92,6 +97,7 @@ async def _supervise(settings: Settings) -> int:
         await connection.close()
         await service.close()
         writer.close()
+        shutil.rmtree(settings.work_root, ignore_errors=True)  # the client may be dead and cannot
     return 0
 
 

@@ -12,6 +12,11 @@ from sandbox.tiers import Tier
 from sandbox.types import SandboxInfraError
 
 
+def uids_needed(workers: int) -> int:
+    """User ids of tier `uid`: two for each child that is ready or running (its own, and its killer's), and a margin."""
+    return 2 * (2 * workers + 2)
+
+
 class Pool:
     """Keeps a warm unit alive and up to `spare` ready children. `counts` are the supervisor's counters."""
 
@@ -19,7 +24,7 @@ class Pool:
         self.settings, self.tier, self.counts = settings, tier, counts
         self.spare = settings.workers
         self.uid_base = uid_base
-        self._free_uids = deque(uid_base + 2 * slot for slot in range(2 * settings.workers + 2))
+        self._free_uids = deque(range(uid_base, uid_base + uids_needed(settings.workers), 2))
         self._ready: deque[Child] = deque()
         self._unit: Unit | None = None
         self._starting = asyncio.Lock()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from sandbox.supervisor.outcome import Ending, digest, judge, oom_kills
 from sandbox.supervisor.pump import Pump, Stream, write_all
 from sandbox.supervisor.unit import Child, Unit
+from sandbox.tiers import Tier
 from sandbox.types import ExecResult, Limits, SandboxInfraError, Status, Usage
 from sandbox.worker.runner import JOB_HEADER
 
@@ -26,13 +29,13 @@ class Job:
     seed: int
     limits: Limits
 
-    def payload(self) -> bytes:
-        """As the child reads it."""
+    def payload(self, others: int = 0) -> bytes:
+        """As the child reads it. `others`: processes of the same user that count against its limit."""
         code, stdin = self.code.encode(), self.stdin.encode("utf-8", "surrogateescape")
         limits = self.limits
         settings = {
             "memory_mb": limits.memory_mb,
-            "processes": limits.processes,
+            "processes": limits.processes + others,
             "file_mb": limits.file_mb,
             "cpu_s": max(1, math.ceil(limits.cpu_s)),
             "seed": self.seed,
@@ -40,6 +43,20 @@ class Job:
         }
         head = json.dumps(settings).encode()
         return JOB_HEADER.pack(len(head), len(code)) + head + code + stdin
+
+
+def _neighbours(tier: Tier) -> int:
+    """Threads of our user: where runs share it, RLIMIT_NPROC counts them too."""
+    if tier.namespaces or tier.own_uid:
+        return 0
+    count = 0
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and entry.stat().st_uid == os.geteuid():
+                count += sum(1 for _ in (entry / "task").iterdir())
+        except OSError:
+            continue
+    return count
 
 
 class Run:
@@ -77,7 +94,7 @@ class Run:
         self.pump.attach(child.stdout, self.stdout)
         self.pump.attach(child.stderr, self.stderr)
         self.talk.attach(child.report, self.report)
-        feeding = asyncio.ensure_future(write_all(child.job, self.job.payload()))
+        feeding = asyncio.ensure_future(write_all(child.job, self.job.payload(_neighbours(self.unit.tier))))
         try:
             await self._end.wait()
         finally:

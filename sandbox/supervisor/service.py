@@ -13,7 +13,7 @@ from typing import Any
 
 from sandbox.supervisor.idempotency import IdempotencyStore
 from sandbox.supervisor.outcome import digest
-from sandbox.supervisor.pool import Pool
+from sandbox.supervisor.pool import Pool, uids_needed
 from sandbox.supervisor.probe import Probe, attempt
 from sandbox.supervisor.run import Job, Run
 from sandbox.supervisor.settings import Settings
@@ -33,24 +33,31 @@ STDIN_BYTES = 16 * 1024 * 1024
 _UID_BLOCK = 512
 
 
-def reserve_uids() -> tuple[int, socket.socket | None]:
-    """The first of a block of user ids nobody else of us uses here, and the lock that says so; (0, None) without root.
+def reserve_uids(workers: int) -> tuple[int, list[socket.socket]]:
+    """The first of enough user ids that nobody else of us uses here, and the locks that say so; (0, []) without root.
 
     Two supervisors must not share ids: one kills everything that runs as an id it thinks is its own.
     """
     if os.geteuid() != 0:
-        return 0, None
+        return 0, []
     mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
     start = 2_000_000 if mapped > 2_200_000 else 30_000
+    wanted = uids_needed(workers) // _UID_BLOCK + 1
+    locks: list[socket.socket] = []
     for block in range(60):
-        base = start + block * _UID_BLOCK
         lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            lock.bind(f"\0retool-sandbox-uids-{base}")
-            return base, lock
+            lock.bind(f"\0retool-sandbox-uids-{start + block * _UID_BLOCK}")
+            locks.append(lock)
         except OSError:
-            lock.close()
-    raise ConfinementUnavailable("60 sandboxes of root run on this machine already; close some")
+            for held in (lock, *locks):
+                held.close()
+            locks = []
+        if len(locks) == wanted:
+            return start + (block + 1 - wanted) * _UID_BLOCK, locks
+    for held in locks:
+        held.close()
+    raise ConfinementUnavailable("no free user ids: too many sandboxes of root on this machine (or too many workers)")
 
 
 class Service:
@@ -59,7 +66,7 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.counts: Counter[str] = Counter()
-        self.uid_base, self._uid_lock = reserve_uids()
+        self.uid_base, self._uid_locks = reserve_uids(settings.workers)
         self._slots = asyncio.Semaphore(settings.workers)
         self._waiting = 0
         self._running: dict[int, Run] = {}
@@ -199,8 +206,8 @@ class Service:
         """End every run and the warm unit."""
         if self._pool is not None:
             await self._pool.close()
-        if self._uid_lock is not None:
-            self._uid_lock.close()
+        for lock in self._uid_locks:
+            lock.close()
 
 
 def _refusal(job: Job) -> str:

@@ -112,7 +112,8 @@ class Unit:
         for sock in self._sockets:
             loop.add_reader(sock.fileno(), self._readable, sock)
         try:
-            _, numbers, _ = await asyncio.wait_for(warm, WARM_TIMEOUT_S)
+            async with asyncio.timeout(WARM_TIMEOUT_S):  # `wait_for` of Python 3.11 may swallow a cancellation
+                _, numbers, _ = await warm
         except (TimeoutError, SandboxInfraError) as error:
             reason = self._reason() or str(error) or f"not warm after {WARM_TIMEOUT_S} s"
             await self.stop()
@@ -158,8 +159,9 @@ class Unit:
                 self._replies.pop(key).set_exception(SandboxInfraError(message, "spawn_failed"))
             return
         future = self._replies.pop((kind, ident), None)
-        if future is None or future.done():
+        if future is None or future.done():  # whoever asked was cancelled: end what was made
             for fd in fds:
+                _kill(fd)
                 os.close(fd)
         else:
             future.set_result((kind, numbers, fds))
@@ -197,7 +199,8 @@ class Unit:
         future = self._expect(reply, ident)
         try:
             wire.send_packet(self._sockets[sock], kind, ident, numbers, fds)
-            _, answer, received = await asyncio.wait_for(future, SPAWN_TIMEOUT_S)
+            async with asyncio.timeout(SPAWN_TIMEOUT_S):
+                _, answer, received = await future
         except OSError as error:  # TimeoutError is one
             self._replies.pop((reply, ident), None)
             self._lose()
@@ -222,6 +225,8 @@ class Unit:
             )
         except BaseException:
             self._children.pop(ident, None)
+            if child.init >= 0:
+                _kill(child.init)
             child.close()
             raise
         finally:
@@ -239,7 +244,11 @@ class Unit:
 
     async def _await_ready(self, child: Child) -> None:
         os.set_blocking(child.report, False)
-        text = await asyncio.wait_for(_read_some(child.report), SPAWN_TIMEOUT_S)
+        try:
+            async with asyncio.timeout(SPAWN_TIMEOUT_S):
+                text = await _read_some(child.report)
+        except TimeoutError:
+            raise SandboxInfraError("confinement took too long", "jail_failed") from None
         if text[:1] != b"R":
             reason = text[1:].decode(errors="replace") or "the child died while it was confined"
             raise SandboxInfraError(f"confinement failed: {reason}", "jail_failed")
@@ -254,7 +263,8 @@ class Unit:
             dead = True
         if not self.lost.is_set():
             try:
-                await asyncio.wait_for(asyncio.shield(child.exited), 10.0)
+                async with asyncio.timeout(10.0):
+                    await asyncio.shield(child.exited)
                 if not self.tier.namespaces and not self.tier.deny_fork:
                     dead = await self.purge(child.ident, child.uid)
             except (TimeoutError, SandboxInfraError):
@@ -302,7 +312,8 @@ async def _wait_pidfd(fd: int, patience_s: float) -> bool:
     done = asyncio.Event()
     loop.add_reader(fd, done.set)
     try:
-        await asyncio.wait_for(done.wait(), patience_s)
+        async with asyncio.timeout(patience_s):
+            await done.wait()
     except TimeoutError:
         return False
     finally:

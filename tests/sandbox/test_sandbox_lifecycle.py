@@ -1,5 +1,6 @@
 """Real processes, really killed: what dies with what, what comes back, and that nothing is left."""
 
+# ruff: noqa: E501, ASYNC240 (programs on one line; tests may block)
 from __future__ import annotations
 
 import asyncio
@@ -76,7 +77,7 @@ async def test_a_dead_supervisor_is_replaced_and_leaves_nothing() -> None:
         assert (await box.exec("print(1)")).stdout == "1\n"
         stats = await box.stats()
         assert stats["supervisor_restarts"] == 1 and stats["unavailable"] == 1
-        assert not Path(folder).exists()  # noqa: ASYNC240
+        assert not Path(folder).exists()
 
 
 CLIENT = """
@@ -227,3 +228,24 @@ async def test_a_forked_copy_refuses_to_share_the_sandbox() -> None:
         with pytest.raises(SandboxUnavailable, match="open another after a fork"):
             await box.exec("1")
         box._owner = os.getpid()
+
+
+async def test_cancelling_in_every_phase_leaks_nothing() -> None:
+    """Queued, being forked, running: whoever is cancelled leaves neither init nor child nor descriptor."""
+    async with LocalSandbox("py-bare", PATIENT, workers=2) as box:
+        assert box._link is not None
+        await box.exec("print(1)")
+        await asyncio.sleep(0.3)
+        stats = await box.stats()
+        before = descriptors(stats["supervisor_pid"]), len(processes(box._link.folder))
+        for delay in (0.0, 0.001, 0.003, 0.01, 0.03):
+            calls = [asyncio.create_task(box.exec("import time; time.sleep(60)")) for _ in range(8)]
+            await asyncio.sleep(delay)
+            for call in calls:
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+        assert (await box.exec("print(1)")).ok
+        await until(lambda: len(processes(box._link.folder)) <= before[1], "processes to be gone")  # type: ignore[union-attr]
+        await until(lambda: descriptors(stats["supervisor_pid"]) <= before[0], "descriptors to be closed")
+        stats = await box.stats()
+        assert (stats["leaked"], stats["restarts"], stats["running"], stats["waiting"]) == (0, 0, 0, 0)

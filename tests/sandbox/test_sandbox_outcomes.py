@@ -1,5 +1,6 @@
 """What a run gives back: typed status, output, exceptions, usage, determinism."""
 
+# ruff: noqa: E501 (programs on one line; tests may block)
 from __future__ import annotations
 
 import asyncio

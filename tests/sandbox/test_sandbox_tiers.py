@@ -1,4 +1,4 @@
-"""Every tier on a host that has no better one, made for real: an ordinary user, a stock container, one without capabilities."""
+"""Every tier on a host that has no better one, made for real out of this one."""
 
 from __future__ import annotations
 

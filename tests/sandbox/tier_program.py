@@ -1,5 +1,6 @@
 """Run on another kind of host by `test_sandbox_tiers.py`: uses the sandbox as its users do and prints what happened."""
 
+# ruff: noqa: ASYNC110, ASYNC240 (a script that waits for processes)
 from __future__ import annotations
 
 import asyncio

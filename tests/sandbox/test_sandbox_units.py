@@ -1,0 +1,203 @@
+"""Small parts on their own: frames, packets, kept output, judgement of endings, the idempotency store, the filter."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sandbox import Limits, SandboxInfraError, SandboxProtocolError, Status, wire
+from sandbox.linux import seccomp
+from sandbox.linux.numbers import ALLOWED, SPECIAL
+from sandbox.supervisor import idempotency
+from sandbox.supervisor.outcome import Ending, digest, judge, parse_report
+from sandbox.supervisor.pump import Stream
+from sandbox.supervisor.settings import Settings
+from sandbox.worker.display import describe
+from tests.sandbox.conftest import ROOT
+
+text = st.text(st.characters())  # lone surrogates included
+
+
+@given(st.dictionaries(text, text | st.integers() | st.lists(text)))
+def test_frames_carry_any_text(message: dict[str, object]) -> None:
+    async def through() -> object:
+        reader = asyncio.StreamReader()
+        reader.feed_data(wire.pack_frame(message) + b"rest")
+        return await wire.read_frame(reader)
+
+    assert asyncio.run(through()) == message
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\x02{]", b"\0\0\0\x021 ", b"\0\0\0\x02\xff\xff"])
+async def test_nonsense_frames_are_typed(data: bytes) -> None:
+    reader = asyncio.StreamReader()
+    reader.feed_data(data)
+    with pytest.raises(SandboxProtocolError):
+        await wire.read_frame(reader)
+
+
+async def test_a_cut_frame_is_the_end() -> None:
+    reader = asyncio.StreamReader()
+    reader.feed_data(b"\0\0\0\x10{")
+    reader.feed_eof()
+    assert await wire.read_frame(reader) is None
+
+
+def test_packets_carry_descriptors() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with near, far:
+        read_end, write_end = os.pipe()
+        wire.send_packet(near, wire.SPAWN, 7, (1, -2), (write_end,))
+        packet = wire.receive_packet(far)
+        assert packet is not None and packet[:3] == (wire.SPAWN, 7, (1, -2, 0, 0))
+        os.write(packet[3][0], b"x")
+        assert os.read(read_end, 9) == b"x" and not os.get_inheritable(packet[3][0])
+        for fd in (read_end, write_end, *packet[3]):
+            os.close(fd)
+        near.close()
+        assert wire.receive_packet(far) is None
+
+
+@given(st.lists(st.binary(max_size=40)), st.integers(0, 50), st.integers(0, 50))
+def test_stream_keeps_head_and_tail(chunks: list[bytes], head: int, tail: int) -> None:
+    stream = Stream(head, tail)
+    for chunk in chunks:
+        stream.feed(chunk)
+    everything = b"".join(chunks)
+    assert stream.total == len(everything)
+    shown = stream.text()
+    if len(everything) <= head + tail:
+        assert shown == everything.decode("utf-8", "replace") and not stream.truncated
+    else:
+        first, last = everything[:head], everything[len(everything) - tail :]
+        assert shown.startswith(first.decode("utf-8", "ignore")) and shown.endswith(last.decode("utf-8", "ignore"))
+        assert f"[{len(everything) - head - tail} bytes omitted]" in shown
+
+
+def test_stream_memory_is_bounded() -> None:
+    stream = Stream(1000, 1000)
+    for _ in range(2000):
+        stream.feed(b"x" * 65536)
+        assert len(stream.head) + len(stream.tail) < 300_000
+    assert stream.total == 2000 * 65536
+
+
+REPORT = json.dumps({"type": "KeyError", "message": "m", "traceback": "t"}).encode()
+OUT_OF_MEMORY = json.dumps({"type": "MemoryError", "message": "", "traceback": "t"}).encode()
+EXITED = {code: code << 8 for code in (0, 1, 3)}
+
+
+@pytest.mark.parametrize(
+    ("status", "cpu_us", "killed_for", "report", "expected"),
+    [
+        (EXITED[0], 0, None, b"", Status.OK),
+        (EXITED[0], 0, None, REPORT, Status.OK),
+        (EXITED[1], 0, None, REPORT, Status.ERROR),
+        (EXITED[1], 0, None, OUT_OF_MEMORY, Status.MEMORY_LIMIT),
+        (EXITED[1], 0, None, b"", Status.EXIT),
+        (EXITED[1], 0, None, b'{"status": "ok"}', Status.EXIT),
+        (EXITED[1], 0, None, b"[" * 100_000, Status.EXIT),
+        (EXITED[3], 0, None, REPORT, Status.EXIT),
+        (signal.SIGSEGV, 0, None, REPORT, Status.SIGNAL),
+        (signal.SIGXCPU, 0, None, b"", Status.CPU_LIMIT),
+        (signal.SIGKILL, 5_900_000, None, b"", Status.CPU_LIMIT),
+        (signal.SIGKILL, 0, Status.TIMEOUT, b"", Status.TIMEOUT),
+        (signal.SIGKILL, 0, Status.OUTPUT_LIMIT, b"", Status.OUTPUT_LIMIT),
+        (EXITED[0], 0, Status.CANCELLED, b"", Status.CANCELLED),
+    ],
+)
+def test_judgement(status: int, cpu_us: int, killed_for: Status | None, report: bytes, expected: Status) -> None:
+    assert judge(Ending(status, cpu_us, killed_for, report, 0), Limits()).status is expected
+
+
+@pytest.mark.parametrize(("oom", "code"), [(0, "lost_child"), (2, "oom_host")])
+def test_an_unexplained_kill_is_ours(oom: int, code: str) -> None:
+    with pytest.raises(SandboxInfraError) as caught:
+        judge(Ending(signal.SIGKILL, 10_000, None, REPORT, oom), Limits())
+    assert caught.value.code == code and caught.value.retryable
+
+
+@given(st.binary())
+def test_any_report_is_parsed_or_nothing(data: bytes) -> None:
+    assert parse_report(data) is None or json.loads(data)
+
+
+@given(st.lists(text, min_size=1), st.lists(text, min_size=1))
+def test_digest_separates_its_parts(first: list[str], second: list[str]) -> None:
+    assert (digest(*first) == digest(*second)) == (first == second)
+
+
+async def test_idempotency_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(idempotency, "KEEP_BYTES", 1000)
+    store = idempotency.IdempotencyStore()
+    running = store.begin("running")
+    for index in range(100):
+        store.begin(f"k{index}")
+        store.finish(f"k{index}", {"n": index}, 100, keep=True)
+    assert store.find("running") is running and store.find("k0") is None
+    kept = store.find("k99")
+    assert kept is not None and kept.result() == {"n": 99}
+    assert sum(store.find(f"k{index}") is not None for index in range(100)) <= 10
+    store.begin("failed")
+    store.finish("failed", {"error": {}}, 0, keep=False)
+    assert store.find("failed") is None
+
+
+def test_settings_survive_the_command_line() -> None:
+    settings = Settings(profile="py-bare", limits=Limits(wall_s=1.5), module_paths=("/a b", "/c"), client_fd=7)
+    assert Settings.from_json(settings.to_json()) == settings
+
+
+def test_describe_survives_anything() -> None:
+    class Hostile(Exception):
+        def __str__(self) -> str:
+            raise KeyboardInterrupt
+
+    assert describe(Hostile())["type"] == "Hostile"
+    loop = ValueError("a")
+    loop.__context__ = KeyError("b")
+    loop.__context__.__context__ = loop
+    assert describe(loop)["traceback"].endswith("ValueError: a\n")
+    assert len(describe(ValueError("x" * 10**6))["traceback"]) < 20_000
+
+
+def test_call_tables_name_the_same_calls() -> None:
+    assert set(ALLOWED["aarch64"]) <= set(ALLOWED["x86_64"])
+    assert set(SPECIAL["aarch64"]) == set(SPECIAL["x86_64"])
+    for machine in ALLOWED:
+        numbers = [*ALLOWED[machine].values(), *SPECIAL[machine].values()]
+        assert len(set(numbers)) == len(numbers)
+    dangerous = {
+        "ptrace",
+        "mount",
+        "unshare",
+        "setns",
+        "bpf",
+        "socket",
+        "connect",
+        "bind",
+        "splice",
+        "keyctl",
+        "chroot",
+    }
+    assert not dangerous & set(ALLOWED["x86_64"])
+
+
+@pytest.mark.parametrize("deny_fork", [False, True])
+def test_filter_fits_the_kernel(deny_fork: bool) -> None:
+    assert len(seccomp.build(2, deny_fork)) // 8 < 4096
+
+
+def test_the_package_needs_nothing_of_ours_and_no_torch() -> None:
+    code = "import sandbox.local, sandbox.tools, sys; print([m for m in sys.modules if m.split('.')[0] in ('retool', 'data_gen', 'torch', 'numpy')])"  # noqa: E501
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "[]\n"
