@@ -97,6 +97,8 @@ class Learner:
             self._stop("non-finite-reward", f"the reward of {', '.join(bad[:5])} is not finite", rollout)
         batch, filtered = objective.filter(rollout.batch)
         rollout = rollout.following(batch, batch["index"].tolist())
+        if len(rollout):
+            self._verify(rollout, [self._whole(rollout)], Mean())  # before anything changes; again on what is trained
         rollout = self._score(rollout, metrics)
         batch, state, prepared = objective.prepare(rollout.batch, self.state)
         rollout = replace(rollout, batch=batch)
@@ -170,6 +172,11 @@ class Learner:
             part = rollout.take(rows)
             out.append(Micro(rows, lay_out(part.rows, part.starts, c.layout, self.pad_id), part, counts))
         return out
+
+    def _whole(self, rollout: Rollout) -> Micro:
+        """The rollout as one packed micro-batch: for checks, never for a forward pass."""
+        inputs = lay_out(rollout.rows, rollout.starts, "packed", self.pad_id)
+        return Micro(list(range(len(rollout))), inputs, rollout, False)
 
     def _update(self, mini: Rollout, metrics: Mean, first: bool, verify: bool) -> int:
         """One optimiser step on one mini-batch; 0 when it holds nothing to learn from."""

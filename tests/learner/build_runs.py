@@ -30,7 +30,7 @@ PROOFS = ("gspo", "dpo", "kl_cov", "gae", "spo_mix")
 def recipe(preset: str, out: Path, **sections: dict[str, Any]) -> Recipe:
     """The preset's recipe with small-scale values; `sections` are merged over it key by key."""
     merged: dict[str, Any] = preset_fragment(preset)
-    base = {"rollout": {"group_size": 4, "prompts": 3}, "learner": {"lr": 1e-3, "updates": 1}, "model": {"tiny": {}}}
+    base = {"rollout": {"group_size": 4, "prompts": 3}, "learner": {"lr": 1e-3, "updates": 2}, "model": {"tiny": {}}}
     for source in (base, sections):
         for name, values in source.items():
             merged[name] = {**merged.get(name, {}), **values}
