@@ -37,7 +37,7 @@ def shard(net: nn.Module, world: World) -> None:
 def decoder_layers(net: nn.Module) -> list[nn.Module]:
     """The blocks of the longest list of modules, which in a transformer are its layers."""
     lists = [m for m in net.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    return list(max(lists, key=lambda blocks: len(blocks))) if lists else []
 
 
 def full(tensor: Tensor) -> Tensor:
