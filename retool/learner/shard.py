@@ -36,8 +36,8 @@ def shard(net: nn.Module, world: World) -> None:
 
 def decoder_layers(net: nn.Module) -> list[nn.Module]:
     """The blocks of the longest list of modules, which in a transformer are its layers."""
-    lists = [m for m in net.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=lambda blocks: len(blocks))) if lists else []
+    lists = [list(m) for m in net.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def full(tensor: Tensor) -> Tensor:
