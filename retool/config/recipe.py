@@ -218,6 +218,8 @@ class LearnerConfig(Section):
     layout: Literal["padded", "packed"] = "padded"
     """`padded`: rows of similar length side by side. `packed`: one row end to end (needs an attention that skips
     foreign tokens to be fast, so mostly for GPUs)."""
+    shard: Literal["none", "fsdp"] = "none"
+    """Under torchrun: whole networks on every rank, or split over the ranks with FSDP2 (for models that do not fit)."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     threads: int | None = Field(None, ge=1)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from retool.errors import UserError
+from retool.learner.shard import copy_into, full
 
 FORMAT = 1
 
@@ -68,27 +68,27 @@ def _sync(path: Path) -> None:
 
 
 def module_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters (tied ones once) and persistent buffers by name, on the CPU."""
+    """Parameters (tied ones once) and persistent buffers by name, whole, on the CPU; all ranks call it together."""
     state = set(module.state_dict(keep_vars=True))
     named = dict(module.named_parameters())
     named |= {name: buffer for name, buffer in module.named_buffers() if name in state}  # type: ignore[misc]
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+    return {name: full(tensor) for name, tensor in named.items()}
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Copies into the existing tensors, so that whoever shares them sees the new values."""
     mine = dict(module.named_parameters()) | dict(module.named_buffers())
-    expected = set(module_tensors(module))
+    persistent = set(module.state_dict(keep_vars=True))
+    expected = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers() if n in persistent}
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))[:3]
         raise CheckpointError(f"{where} was written for another model: {odd} differ")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            if mine[name].shape != tensor.shape:
-                raise CheckpointError(
-                    f"{where}: {name} is {tuple(tensor.shape)} there and {tuple(mine[name].shape)} in this model"
-                )
-            mine[name].copy_(tensor)
+    for name, tensor in tensors.items():
+        if mine[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name} is {tuple(tensor.shape)} there and {tuple(mine[name].shape)} in this model"
+            )
+        copy_into(mine[name], tensor)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

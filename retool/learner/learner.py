@@ -19,7 +19,8 @@ from retool.learner.head import check_head
 from retool.learner.layout import Inputs, lay_out
 from retool.learner.metrics import Mean
 from retool.learner.optimiser import Optimiser, lr_factor
-from retool.learner.roles import Role, policy_role, reference_role, silence_dropout, value_model
+from retool.learner.roles import Role, critic_role, frozen_copy, language_role, silence_dropout
+from retool.learner.shard import shard
 from retool.learner.world import World
 from retool.objectives import Finalized, Forward, Objective, ObjectiveState
 from retool.records import TrainSample
@@ -63,23 +64,26 @@ class Learner:
             torch.set_num_threads(c.threads or 1)
         model.eval()
         silence_dropout(model)
+        world = world or World()
         roles: dict[str, Role] = {}
         if objective.reference is not None:
-            roles["reference"] = reference_role(model, objective.temperature)
+            roles["reference"] = language_role("reference", frozen_copy(model), objective.temperature)
         if objective.critic is not None:
-            critic = value_model(model)
-            optimiser = Optimiser(critic, c.critic_lr or 2 * c.lr, c.betas, c.weight_decay)
-            roles["critic"] = Role("critic", critic, optimiser)
-        roles["policy"] = policy_role(model, Optimiser(model, c.lr, c.betas, c.weight_decay), objective.temperature)
-        head = roles["policy"].head
-        assert head is not None
-        check_head(model, head)
+            roles["critic"] = critic_role(model)
+        roles["policy"] = language_role("policy", model, objective.temperature)
+        check_head(model, roles["policy"].net.head)
         if c.activation_checkpointing:
             for name in set(roles) & {"policy", "critic"}:
                 module = roles[name].module
                 backbone = module.backbone if name == "critic" else module
                 backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(recipe, objective, roles, tokenizer, world or World())
+        for name, role in roles.items():
+            if c.shard == "fsdp" and world.size > 1:
+                shard(role.net, world)
+            if name != "reference":
+                lr = c.lr if name == "policy" else (c.critic_lr or 2 * c.lr)
+                role.optimiser = Optimiser(role.module, lr, c.betas, c.weight_decay)
+        return cls(recipe, objective, roles, tokenizer, world)
 
     @property
     def policy(self) -> Role:
@@ -97,6 +101,8 @@ class Learner:
             self._stop("non-finite-reward", f"the reward of {', '.join(bad[:5])} is not finite", rollout)
         batch, filtered = objective.filter(rollout.batch)
         rollout = rollout.following(batch, batch["index"].tolist())
+        if len(rollout):
+            self._verify(rollout, [self._whole(rollout)], Mean())  # before anything changes; again on what is trained
         rollout = self._score(rollout, metrics)
         batch, state, prepared = objective.prepare(rollout.batch, self.state)
         rollout = replace(rollout, batch=batch)
@@ -123,10 +129,9 @@ class Learner:
         boot = torch.zeros(len(batch), dtype=self.dtype)
         with torch.no_grad():
             for micro in self._micros(rollout):
-                if not micro.counts:
-                    continue
                 tokens = batch.token_index(torch.tensor(micro.rows))
-                for name, values in self._score_micro(micro, wanted).items():
+                scores = self._score_micro(micro, wanted)  # a sharded network needs all ranks, counted or not
+                for name, values in scores.items() if micro.counts else ():
                     if name == "bootstrap":
                         boot[micro.rows] = values.to(boot)
                     else:
@@ -170,6 +175,11 @@ class Learner:
             part = rollout.take(rows)
             out.append(Micro(rows, lay_out(part.rows, part.starts, c.layout, self.pad_id), part, counts))
         return out
+
+    def _whole(self, rollout: Rollout) -> Micro:
+        """The rollout as one packed micro-batch: for checks, never for a forward pass."""
+        inputs = lay_out(rollout.rows, rollout.starts, "packed", self.pad_id)
+        return Micro(list(range(len(rollout))), inputs, rollout, False)
 
     def _update(self, mini: Rollout, metrics: Mean, first: bool, verify: bool) -> int:
         """One optimiser step on one mini-batch; 0 when it holds nothing to learn from."""
@@ -267,9 +277,9 @@ class Learner:
         logp = torch.zeros(mini.batch.n_tokens, dtype=self.dtype)
         with torch.no_grad():
             for micro in self._micros(mini):
+                role = self.policy
+                now = role.logp(micro.inputs.to(role.device), micro.rollout.batch["action"].to(role.device))
                 if micro.counts:
-                    role = self.policy
-                    now = role.logp(micro.inputs.to(role.device), micro.rollout.batch["action"].to(role.device))
                     logp[mini.batch.token_index(torch.tensor(micro.rows))] = now.need("logp").to(logp)
         self.world.sum_([logp])
         return Forward(logp=logp)
@@ -300,19 +310,26 @@ class Learner:
         raise LearnerStopped(reason, write_bundle(folder, rollout, reason, info))
 
     def save(self, folder: Path) -> None:
-        """Everything that `load` needs to go on with equal bits; rank 0 writes, atomically."""
+        """Everything that `load` needs to go on with equal bits. All ranks call it; rank 0 writes, atomically."""
+        files = {"rng": {"cpu": torch.get_rng_state()}}
+        for name, role in self.roles.items():
+            files[name] = ckpt.module_tensors(role.module)
+            if role.optimiser is not None:
+                files[f"{name}.optimiser"] = role.optimiser.state()
+        state = {"version": self.version, "updates": self.updates, "objective": self.objective.name}
+
+        def fill(target: Path) -> None:
+            for name, tensors in files.items():
+                ckpt.write_tensors(target / f"{name}.safetensors", tensors)
+            ckpt.write_json(target / "state.json", {**state, "objective_state": self.state.to_json()})
+
         if self.world.rank == 0:
-            ckpt.write_folder(Path(folder), self._write)
+            ckpt.write_folder(Path(folder), fill)
         self.world.barrier()
 
-    def _write(self, folder: Path) -> None:
-        for name, role in self.roles.items():
-            ckpt.write_tensors(folder / f"{name}.safetensors", ckpt.module_tensors(role.module))
-            if role.optimiser is not None:
-                ckpt.write_tensors(folder / f"{name}.optimiser.safetensors", role.optimiser.state())
-        ckpt.write_tensors(folder / "rng.safetensors", {"cpu": torch.get_rng_state()})
-        state = {"version": self.version, "updates": self.updates, "objective": self.objective.name}
-        ckpt.write_json(folder / "state.json", {**state, "objective_state": self.state.to_json()})
+    def full_weights(self) -> dict[str, Tensor]:
+        """The policy's weights by name, whole, on the CPU: what a serving engine is sent. All ranks call it."""
+        return ckpt.module_tensors(self.policy.module)
 
     def load(self, folder: Path) -> None:
         """Goes on where `save` was called. Weights are copied in place. Raises `CheckpointError` when it cannot be."""
@@ -332,10 +349,11 @@ class Learner:
         self.state = ObjectiveState.from_json(data["objective_state"])
 
     def save_model(self, folder: Path) -> None:
-        """The policy as an ordinary transformers folder, with its tokenizer; atomic."""
+        """The policy as an ordinary transformers folder, with its tokenizer; atomic. All ranks call it."""
+        weights = self.full_weights()
 
         def fill(target: Path) -> None:
-            self.policy.module.save_pretrained(target)
+            self.policy.module.save_pretrained(target, state_dict=weights)
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(target)
 

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from retool.learner.shard import LOW, copy_into, full
 from retool.learner.world import World
-
-LOW = (torch.bfloat16, torch.float16)
 
 
 def lr_factor(step: int, warmup: int, total: int, schedule: Literal["constant", "cosine", "linear"]) -> float:
@@ -69,9 +69,8 @@ class Optimiser:
         for param in self.masters:
             if param.grad is None:
                 param.grad = torch.zeros_like(param)
-        grads = [p.grad for p in self.masters if p.grad is not None]
-        world.sum_(grads)
-        norm = float(nn.utils.clip_grad_norm_(self.masters, clip))
+        world.sum_([p.grad for p in self.masters if p.grad is not None and not isinstance(p.grad, DTensor)])
+        norm = float(full(nn.utils.clip_grad_norm_(self.masters, clip)))
         if math.isfinite(norm):
             for group in self.adam.param_groups:
                 group["lr"] = self.lr * factor
@@ -84,13 +83,13 @@ class Optimiser:
         return norm
 
     def state(self) -> dict[str, Tensor]:
-        """Moments, step counts and master weights by parameter name."""
+        """Moments, step counts and master weights by parameter name, whole; all ranks call it together."""
         out: dict[str, Tensor] = {}
         for name, param, master in zip(self.names, self.params, self.masters):
             for key, value in self.adam.state.get(master, {}).items():
-                out[f"{name}/{key}"] = value
+                out[f"{name}/{key}"] = full(value)
             if master is not param:
-                out[f"{name}/master"] = master.detach()
+                out[f"{name}/master"] = full(master)
         return out
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -98,12 +97,11 @@ class Optimiser:
         self.adam.state.clear()
         for name, param, master in zip(self.names, self.params, self.masters):
             moments: dict[str, Any] = {}
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"{name}/{key}" in state:
-                    device = "cpu" if key == "step" and master.device.type == "cpu" else master.device
-                    moments[key] = state[f"{name}/{key}"].clone().to(device)
-            if moments:
+            if f"{name}/step" in state:
+                moments["step"] = state[f"{name}/step"].clone().to(master.device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    moments[key] = torch.zeros_like(master)
+                    copy_into(moments[key], state[f"{name}/{key}"])
                 self.adam.state[master] = moments
             if master is not param:
-                with torch.no_grad():
-                    master.copy_(state.get(f"{name}/master", param))
+                copy_into(master, state.get(f"{name}/master", param.detach().float()))

@@ -1,4 +1,4 @@
-"""The networks of a learner: policy, critic, reference. All run in eval mode: dropout would make ratios lie."""
+"""The networks of a learner: policy, critic, reference. All run without dropout: it would make ratios lie."""
 
 from __future__ import annotations
 
@@ -15,6 +15,23 @@ from retool.learner.optimiser import Optimiser
 from retool.objectives import Forward
 
 
+class LanguageNet(nn.Module):
+    """A causal language model that answers with log-probs of chosen targets instead of logits.
+
+    Backbone and head run inside one `forward`, so that a sharded model has all its weights there.
+    """
+
+    def __init__(self, model: Any, temperature: float) -> None:
+        super().__init__()
+        self.model = model
+        self.head = Head(model, temperature)
+
+    def forward(self, inputs: Inputs, index: Tensor, entropy: bool, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+        """`index` [M]: which targets -> (log-probs [M], entropies [M])."""
+        states = last_hidden(self.model.base_model, inputs).index_select(0, inputs.source[index] - 1)
+        return self.head(states, inputs.targets[index], entropy, entropy_grad)
+
+
 class ValueModel(nn.Module):
     """A backbone with a scalar head, which starts at zero: V = 0 everywhere before the first update."""
 
@@ -22,21 +39,38 @@ class ValueModel(nn.Module):
         super().__init__()
         self.backbone = backbone
         weight = next(backbone.parameters())
-        self.head = nn.Linear(
-            backbone.config.get_text_config().hidden_size, 1, device=weight.device, dtype=weight.dtype
-        )
+        width = backbone.config.get_text_config().hidden_size
+        self.head = nn.Linear(width, 1, device=weight.device, dtype=weight.dtype)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs: Inputs, index: Tensor) -> tuple[Tensor, Tensor]:
+        """(values of the states before the targets `index` [M], values after each sample's last token [B])."""
+        hidden = last_hidden(self.backbone, inputs)
+        before = hidden.index_select(0, inputs.source[index] - 1)
+        return self._scalar(before), self._scalar(hidden.index_select(0, inputs.last))
+
+    def _scalar(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.head(hidden)[:, 0].clone()  # FSDP hooks want no views
+        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+
+
+def last_hidden(backbone: Any, inputs: Inputs) -> Tensor:
+    """[R·L, H] hidden states of all input positions."""
+    extra = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids}
+    out: Tensor = backbone(input_ids=inputs.ids, use_cache=False, **extra).last_hidden_state
+    return out.reshape(-1, out.shape[-1])
 
 
 @dataclass
 class Role:
-    """One network and what trains it; `optimiser` is None for a frozen one. `module` is what is saved."""
+    """One network and what trains it. `net` is called; `module` (the transformers model, or the `ValueModel`) is what
+    is saved; `optimiser` is None for a frozen one."""
 
     name: str
+    net: Any
     module: Any
     optimiser: Optimiser | None = None
-    head: Head | None = None
 
     @property
     def model(self) -> Any:
@@ -45,55 +79,43 @@ class Role:
 
     @property
     def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    def hidden(self, inputs: Inputs) -> Tensor:
-        """[R·L, H] last hidden states of all input positions."""
-        backbone = self.module.backbone if isinstance(self.module, ValueModel) else self.module.base_model
-        extra = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids}
-        out: Tensor = backbone(input_ids=inputs.ids, use_cache=False, **extra).last_hidden_state
-        return out.reshape(-1, out.shape[-1])
+        device: torch.device = next(self.module.parameters()).device
+        return device
 
     def logp(self, inputs: Inputs, action: Tensor, entropy: bool = False, entropy_grad: bool = False) -> Forward:
         """Log-probs (and entropies) of the action tokens of a micro-batch; `action` [n] bool over its targets."""
-        if self.head is None:
-            raise ValueError(f"the {self.name} has no language-model head")
         index = torch.nonzero(action)[:, 0]
-        states = self.hidden(inputs).index_select(0, inputs.source[index] - 1)
-        logp, ent = self.head(states, inputs.targets[index], entropy, entropy_grad)
-        zeros = torch.zeros(len(action), dtype=logp.dtype, device=logp.device)
+        logp, ent = self.net(inputs, index, entropy, entropy_grad)
         return Forward(
-            logp=zeros.index_copy(0, index, logp), entropy=zeros.index_copy(0, index, ent) if entropy else None
+            logp=scatter(logp, index, len(action)), entropy=scatter(ent, index, len(action)) if entropy else None
         )
 
     def value(self, inputs: Inputs, action: Tensor) -> tuple[Forward, Tensor]:
         """(values of the states before the action tokens, [B] values of the states after each sample's last token)."""
-        hidden = self.hidden(inputs)
         index = torch.nonzero(action)[:, 0]
-        values = self._scalar(hidden.index_select(0, inputs.source[index] - 1))
-        zeros = torch.zeros(len(action), dtype=values.dtype, device=values.device)
-        return Forward(value=zeros.index_copy(0, index, values)), self._scalar(hidden.index_select(0, inputs.last))
-
-    def _scalar(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.module.head(hidden)[:, 0]
-        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
+        values, after = self.net(inputs, index)
+        return Forward(value=scatter(values, index, len(action))), after
 
 
-def policy_role(model: Any, optimiser: Optimiser, temperature: float) -> Role:
-    """The trained language model; the caller's object, so an engine may share it."""
-    return Role("policy", model, optimiser, Head(model, temperature))
+def scatter(values: Tensor, index: Tensor, n: int) -> Tensor:
+    """[M] values at positions `index` of [n] zeros."""
+    return torch.zeros(n, dtype=values.dtype, device=values.device).index_copy(0, index, values)
 
 
-def reference_role(model: Any, temperature: float) -> Role:
-    """A frozen copy of the policy as it is now."""
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
-    return Role("reference", frozen, None, Head(frozen, temperature))
+def language_role(name: str, model: Any, temperature: float) -> Role:
+    """The policy (the caller's object, so an engine may share it) or the reference; without optimiser yet."""
+    return Role(name, LanguageNet(model, temperature).eval(), model)
 
 
-def value_model(model: Any) -> ValueModel:
-    """A critic that starts from the policy's backbone."""
-    critic = ValueModel(copy.deepcopy(model.base_model)).eval()
-    return critic.requires_grad_(True)
+def frozen_copy(model: Any) -> Any:
+    """The policy as it is now, for good."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def critic_role(model: Any) -> Role:
+    """A critic that starts from the policy's backbone; without optimiser yet."""
+    critic = ValueModel(copy.deepcopy(model.base_model)).eval().requires_grad_(True)
+    return Role("critic", critic, critic)
 
 
 def silence_dropout(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 Every rank holds the columns of the whole rollout (they are small) and computes forward passes for its share of the
 micro-batches. Gradients are *summed* over ranks: every numerator was already divided by the global denominator.
+Networks are whole on every rank (all-reduced gradients), or sharded with FSDP2: see `retool/learner/shard.py`.
 """
 
 from __future__ import annotations

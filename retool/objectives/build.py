@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from retool.config import Recipe
 from retool.config.objective import AggregationName, LambdaConfig, ObjectiveConfig, SelectConfig
 from retool.objectives.aggregate import Aggregation
@@ -59,7 +61,17 @@ def build_objective(recipe: Recipe) -> Objective:
         temperature=1.0 if o.train_on == "demo" else recipe.rollout.temperature,
     )
     compose = find_preset(o.preset).compose
-    return objective if compose is None else compose(objective)
+    objective = objective if compose is None else compose(objective)
+    return _skip_scoring(objective, recipe)
+
+
+def _skip_scoring(objective: Objective, recipe: Recipe) -> Objective:
+    """With one optimiser step a rollout, recomputed old log-probs are the current ones: the pass that would compute
+    them is left out, unless something before the loss reads them."""
+    once = recipe.learner.updates * recipe.learner.epochs == 1
+    if once and objective.off_policy.old == "recomputed" and not objective.early_old:
+        return replace(objective, off_policy=replace(objective.off_policy, old="detached"))
+    return objective
 
 
 def _aggregation(o: ObjectiveConfig, mode: AggregationName | None = None) -> Aggregation:

@@ -75,14 +75,14 @@ class Objective:
         reads = self.advantage.reads.union(*(t.reads for t in self.terms), *(s.reads for s in self.select))
         if self.kl.place == "reward" or (self.kl.place == "loss" and self.kl.target is not None):
             reads |= {"logp_old", "logp_ref"}
-        if self.off_policy.old == "rollout" or (self.off_policy.old == "detached" and not self._early_old):
+        if self.off_policy.old == "rollout" or (self.off_policy.old == "detached" and not self.early_old):
             reads -= {"logp_old"}
-        elif self._early_old:
+        elif self.early_old:
             reads |= {"logp_old"}
         return reads & frozenset(SCORES)
 
     @property
-    def _early_old(self) -> bool:
+    def early_old(self) -> bool:
         """Whether something before the loss reads the old log-probs, so that they cannot come from the loss pass."""
         selectors = any("logp_old" in s.reads for s in self.select)
         return self.off_policy.active or self.kl.place == "reward" or self.kl.target is not None or selectors

@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from retool.config import Recipe, TinyModelConfig
 from retool.learner import Learner, World
 from retool.learner.collate import Rollout
 from retool.learner.metrics import Mean
+from retool.learner.shard import copy_into, full
 from retool.models import load_tokenizer, tiny_model
 from retool.objectives import Aggregation, Critic, Objective, Reference, Structure, build_objective, preset_fragment
 from retool.objectives.estimators import Gae, GroupRelative, NoAdvantage, Raw
@@ -30,7 +32,7 @@ PROOFS = ("gspo", "dpo", "kl_cov", "gae", "spo_mix")
 def recipe(preset: str, out: Path, **sections: dict[str, Any]) -> Recipe:
     """The preset's recipe with small-scale values; `sections` are merged over it key by key."""
     merged: dict[str, Any] = preset_fragment(preset)
-    base = {"rollout": {"group_size": 4, "prompts": 3}, "learner": {"lr": 1e-3, "updates": 1}, "model": {"tiny": {}}}
+    base = {"rollout": {"group_size": 4, "prompts": 3}, "learner": {"lr": 1e-3, "updates": 2}, "model": {"tiny": {}}}
     for source in (base, sections):
         for name, values in source.items():
             merged[name] = {**merged.get(name, {}), **values}
@@ -115,7 +117,8 @@ class GradientKeeper(Learner):
             for role in self.roles.values():
                 if role.optimiser is not None:
                     for p in role.module.parameters():
-                        p.add_(self.nudge * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+                        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+                        copy_into(p, full(p) + self.nudge * noise)
         self.gradients: dict[str, Tensor] = {}
         for name, role in self.roles.items():
             if role.optimiser is not None:
@@ -125,10 +128,10 @@ class GradientKeeper(Learner):
     def _keep(self, name: str, optimiser: Any) -> None:
         def step(factor: float, clip: float, world: World) -> float:
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in optimiser.masters]
-            world.sum_(grads)
+            world.sum_([g for g in grads if not isinstance(g, DTensor)])
             for key, grad in zip(optimiser.names, grads):
-                full = f"{name}/{key}"
-                self.gradients[full] = self.gradients.get(full, 0) + grad.clone()
+                where = f"{name}/{key}"
+                self.gradients[where] = self.gradients.get(where, 0) + full(grad).clone()
             optimiser.adam.zero_grad(set_to_none=True)
             return 1.0
 

@@ -9,20 +9,37 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from retool.learner import World
-from tests.learner.build_runs import keeper, losses, rollout_for
+from retool.learner import Learner, World
+from retool.models import load_tokenizer
+from tests.learner.build_runs import keeper, losses, model, objective, recipe, rollout_for
 
 
 def main(folder: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
     world = World.from_env()
     assert world.size == 2
-    for name in names:
-        learner = keeper(name, folder, world, micro_samples=4)
-        metrics = learner.step(rollout_for(name))
-        values = {f"value/{k}": torch.tensor(v, dtype=torch.float64) for k, v in losses(metrics).items()}
-        save_file({**learner.gradients, **values}, folder / f"{name}-{world.rank}.safetensors")
+    for shard in ("none", "fsdp"):
+        for name in names:
+            learner = keeper(name, folder, world, micro_samples=4, shard=shard)
+            metrics = learner.step(rollout_for(name))
+            values = {f"value/{k}": torch.tensor(v, dtype=torch.float64) for k, v in losses(metrics).items()}
+            save_file({**learner.gradients, **values}, folder / f"{name}-{shard}-{world.rank}.safetensors")
+        resumed(shard, folder, world)
     dist.destroy_process_group()
+
+
+def resumed(shard: str, folder: Path, world: World) -> None:
+    """Two steps with a checkpoint in between; the second one again from the checkpoint. Saves both policies."""
+    base = recipe("ppo", folder, learner={"shard": shard})
+    for name in ("whole", "resumed"):
+        made = Learner.create(base, objective("ppo", folder), model(), load_tokenizer(base.model), world=world)
+        if name == "whole":
+            made.step(rollout_for("ppo", 1))
+            made.save(folder / f"checkpoint-{shard}")
+        else:
+            made.load(folder / f"checkpoint-{shard}")
+        made.step(rollout_for("ppo", 2))
+        made.save_model(folder / f"{shard}-{name}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.learner.build_runs import PRESET_NAMES, PROOFS, keeper, losses, rollout_for
+from retool.learner import Learner
+from retool.models import load_tokenizer
+from tests.learner.build_runs import (
+    PRESET_NAMES,
+    PROOFS,
+    keeper,
+    losses,
+    model,
+    objective,
+    recipe,
+    rollout_for,
+)
 
 ALL = (*PRESET_NAMES, *PROOFS)
 
@@ -79,12 +90,37 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("shard", ["none", "fsdp"])
 @pytest.mark.parametrize("name", ALL)
-def test_two_ranks(name: str, two_ranks: Path, tmp_path: Path) -> None:
+def test_two_ranks(name: str, shard: str, two_ranks: Path, tmp_path: Path) -> None:
     alone = keeper(name, tmp_path)
     expected = losses(alone.step(rollout_for(name)))
     for rank in range(2):
-        got = load_file(two_ranks / f"{name}-{rank}.safetensors")
+        got = load_file(two_ranks / f"{name}-{shard}-{rank}.safetensors")
         values = {k.removeprefix("value/"): float(v) for k, v in got.items() if k.startswith("value/")}
         assert values == pytest.approx(expected, abs=1e-6)
         assert_same(alone.gradients, {k: v for k, v in got.items() if not k.startswith("value/")})
+
+
+def test_two_ranks_train_save_and_resume(two_ranks: Path, tmp_path: Path) -> None:
+    """Replicated or sharded, undisturbed or resumed: one policy comes out, and it is the one of a single process."""
+    base = recipe("ppo", tmp_path)
+    alone = Learner.create(base, objective("ppo", tmp_path), model(), load_tokenizer(base.model))
+    for seed in (1, 2):
+        alone.step(rollout_for("ppo", seed))
+    expected = alone.full_weights()
+    for shard in ("none", "fsdp"):
+        whole = load_file(two_ranks / f"{shard}-whole" / "model.safetensors")
+        assert_same(whole, load_file(two_ranks / f"{shard}-resumed" / "model.safetensors"))
+        assert_same({k: expected[k] for k in whole}, whole)
+    other = Learner.create(base, objective("ppo", tmp_path), model(), load_tokenizer(base.model))
+    other.load(two_ranks / "checkpoint-fsdp")
+    other.step(rollout_for("ppo", 2))
+    assert_same(expected, other.full_weights())
+
+
+def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
+    plain, frugal = keeper("ppo", tmp_path), keeper("ppo", tmp_path, activation_checkpointing=True)
+    expected = losses(plain.step(rollout_for("ppo")))
+    assert losses(frugal.step(rollout_for("ppo"))) == pytest.approx(expected, abs=1e-9)
+    assert_same(plain.gradients, frugal.gradients)

@@ -176,7 +176,7 @@ def test_one_corrupt_token_stops_the_run(what: str, tmp_path: Path) -> None:
     assert rows[5].id in str(caught.value)
     info = json.loads((caught.value.bundle / "info.json").read_text())
     assert rows[5].id in info["samples"] and info["recipe"]["objective"]["preset"] == "grpo"
-    assert "token/advantage" in load_file(caught.value.bundle / "batch.safetensors")
+    assert "token/logp_rollout" in load_file(caught.value.bundle / "batch.safetensors")
     assert_equal(before, weights(made))
 
 

@@ -15,7 +15,7 @@ from retool.learner.collate import collate
 from retool.learner.head import Head, HeadError, check_head
 from retool.learner.layout import lay_out
 from retool.learner.optimiser import lr_factor
-from retool.learner.roles import Role, silence_dropout, value_model
+from retool.learner.roles import critic_role, language_role, silence_dropout
 from retool.objectives import Atom, Structure
 from retool.records import TrainSample
 from retool.transcript import Sample, Span, Transcript
@@ -71,7 +71,7 @@ def test_log_probs_are_those_of_the_whole_model() -> None:
     net = model()
     rollout = collate(samples(), "sampled", torch.float64)
     inputs = lay_out(rollout.rows, rollout.starts, "padded", 0)
-    role = Role("policy", net, None, Head(net, 0.8))
+    role = language_role("policy", net, 0.8)
     with torch.no_grad():
         logp = role.logp(inputs, rollout.batch["action"]).need("logp")
         for row, (ids, start) in enumerate(zip(rollout.rows, rollout.starts)):
@@ -87,7 +87,8 @@ def test_log_probs_are_those_of_the_whole_model() -> None:
 def test_values_are_of_the_state_before_the_token() -> None:
     """The value of the first token after a tool span is read at the span's last token."""
     net = model()
-    critic = value_model(net)
+    role = critic_role(net)
+    critic = role.module
     nn.init.normal_(critic.head.weight)
     spans = [Span("prompt", (5, 6)), policy_span([7, 8], [-1, -1], 0), Span("tool", (9, 10), 0, "observation")]
     transcript = Transcript([*spans, policy_span([11], [-1], 1)])
@@ -95,7 +96,7 @@ def test_values_are_of_the_state_before_the_token() -> None:
     for layout in ("padded", "packed"):
         inputs = lay_out(rollout.rows, rollout.starts, layout, 0)
         with torch.no_grad():
-            values, boot = Role("critic", critic).value(inputs, rollout.batch["action"])
+            values, boot = role.value(inputs, rollout.batch["action"])
             hidden = critic.backbone(torch.tensor([transcript.ids])).last_hidden_state[0]
             states = critic.head(hidden)[:, 0]
         assert values.value is not None

@@ -61,7 +61,9 @@ def scored(objective: Objective, seed: int = 0) -> tuple[Batch, Forward]:
 @pytest.mark.parametrize("name", PRESETS)
 def test_gradients_against_finite_differences(name: str) -> None:
     """Everything detached is a column, so moving only the network's outputs must reproduce the gradient."""
-    objective = build_objective(recipe(name))
+    fragment = preset_fragment(name)
+    fragment.setdefault("learner", {})["epochs"] = 2
+    objective = build_objective(Recipe(**fragment))
     batch, forward = scored(objective)
     batch, state, _ = objective.prepare(batch, objective.initial_state())
     final = objective.finalize(batch, state)
@@ -168,7 +170,10 @@ def test_ragged_batch(lengths: list[int], data: st.DataObject) -> None:
 
 def test_scores_say_what_must_be_computed() -> None:
     assert build_objective(recipe("sft")).scores == frozenset()
-    assert build_objective(recipe("grpo")).scores == {"logp_old", "logp_ref"}
+    assert build_objective(recipe("grpo")).scores == {"logp_ref"}
+    twice = preset_fragment("grpo")
+    twice["learner"]["epochs"] = 2
+    assert build_objective(Recipe(**twice)).scores == {"logp_old", "logp_ref"}
     assert build_objective(recipe("ppo")).scores == {"logp_old", "logp_ref", "value"}
     free = {"kl": {"place": "none"}, "reference": {"kind": "none"}}
     assert build_objective(recipe("grpo", **free, off_policy={"old": "detached"})).scores == frozenset()

@@ -101,6 +101,8 @@ def test_t3a_tool_tokens_are_no_population() -> None:
     batch = ragged([[1, 1, 1, 0, 0, 1, 1, 1]], columns)
     logp = torch.cat([T3A_LOGP[:3], f64([-50, -60]), T3A_LOGP[3:]])
     close(total(kl_cov(1 / 6), batch, logp), -0.030423)
+    cov = token_covariance(logp, batch["advantage"], batch["action"])
+    close(cov, [0.966667, 0.866667, -1.933333, 0, 0, -0.966667, -0.066667, 0.933333])
 
 
 # T10: GSPO

@@ -126,6 +126,16 @@ def test_tv_boot() -> None:
     close(option(finished)["advantage"], [-0.25625, -0.375, -0.5])
 
 
+def test_tv_boot_beside_a_longer_row() -> None:
+    """A short row's bootstrap value must survive the steps of a longer neighbour."""
+    values = {"critic_value": [[0.3, 0.4, 0.5], [0.1] * 6]}
+    batch = ragged([[1, 1, 1], [1] * 6], values, score=[0.0, 1.0], truncated=[True, False])
+    option = Gae(lam=0.95, whiten=False, bootstrap=True)
+    out = option(batch.with_samples(critic_bootstrap=f64([0.6, 9.0])))["advantage"]
+    close(out[:3], [0.28525, 0.195, 0.1])
+    close(out[-1], 0.9)
+
+
 def test_tv_vapo_decoupled_lambda() -> None:
     batch = ragged([[1, 1, 1, 1]], {"critic_value": [[0.5, 0.6, 0.4, 0.9]]}, score=[1.0])
     out = Gae(lam=LengthAdaptive(0.5), lam_value=1.0, whiten=False)(batch)
