@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from retool.config import Recipe
+from retool.errors import UserError
 from retool.evaluate import evaluate, scorecard
 from retool.learner import Learner
 from retool.models import load_model, load_tokenizer
@@ -69,6 +70,8 @@ def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: i
 
 async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = None) -> TrainResult:
     """Run all steps. Raises `UserError` for what the user can mend, `SandboxError` where no sandbox can be had."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("`retool train` runs in one process so far; start it without torchrun")
     set_threads(recipe)
     problems = load_problems(recipe.problems)
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe))

@@ -48,6 +48,7 @@ def to_sample(trajectory: Trajectory) -> TrainSample:
         accuracy=reward.accuracy,
         tool_error_rate=tool_error_rate(trajectory),
         void=VOID in trajectory.flags,
+        truncated=trajectory.status.startswith("truncated"),
     )
 
 
