@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from retool.config import ProtocolConfig, RewardConfig
 from retool.protocols import build_protocol
 from retool.records import RewardResult, Trajectory
-from retool.rewards import Rewarder, VerifierError
+from retool.errors import UserError
+from retool.rewards import Rewarder
 from retool.rewards.rewarder import score_of
 from tests.rewards.conftest import boxed, protocol, trajectory
 
@@ -135,11 +136,11 @@ def broken(trajectory: Trajectory, result: RewardResult) -> RewardResult:
 async def test_a_custom_reward_is_called_and_checked() -> None:
     mine = RewardConfig(verifier="exact", custom=f"{__name__}:half_for_brevity")
     assert (await score(boxed("42"), "42", mine)).score == 0.5
-    with pytest.raises(VerifierError, match="nan"):
+    with pytest.raises(UserError, match="nan"):
         await score(boxed("42"), "42", RewardConfig(verifier="exact", custom=f"{__name__}:broken"))
 
 
 @pytest.mark.parametrize("path", ["no_such_module:f", "math:no_such_function", "math:pi", "math"])
 def test_a_custom_reward_that_cannot_be_loaded_is_refused_at_once(path: str) -> None:
-    with pytest.raises(VerifierError, match=r"reward\.custom"):
+    with pytest.raises(UserError, match=r"reward\.custom"):
         Rewarder(RewardConfig(verifier="exact", custom=path), protocol())

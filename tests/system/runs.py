@@ -26,15 +26,14 @@ def retool(*args: str, cwd: Path = REPO, timeout: float = 240) -> subprocess.Com
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def start(*args: str) -> subprocess.Popen[str]:
-    """Start the command in a process group of its own."""
+def start(*args: str) -> subprocess.Popen[bytes]:
+    """Start the command and let it run."""
     return subprocess.Popen(
         [sys.executable, "-m", "retool", *args],
         cwd=REPO,
         env=environment(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=subprocess.DEVNULL,
     )
 
 

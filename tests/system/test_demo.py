@@ -29,7 +29,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("a demo") / "run"
     done = retool("demo", *SMALL, f"out={out}")
     assert done.returncode == 0, done.stderr
-    assert "held-out accuracy" in done.stdout
+    assert "held-out problems" in done.stdout
     return out
 
 
