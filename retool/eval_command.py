@@ -94,15 +94,15 @@ def eval_recipe(
 
 
 def print_card(card: dict[str, Any], title: str) -> None:
-    """Accuracy with interval and tool use, all and by family."""
+    """Accuracy with interval, share of answers with code, of calls that ran, tokens, truncated and lost ones."""
     parts = {"all": card, **(card["by_family"] if len(card["by_family"]) > 1 else {})}
-    header = ["problems", "n", "accuracy", "95 %", "code ratio", "calls that ran", "length", "truncated", "dropped"]
+    header = ["problems", "n", "accuracy (95 %)", "code", "calls ok", "length", "cut", "lost"]
     rows = []
     for name, p in parts.items():
         figures = [p.get(key, float("nan")) for key in ("code_ratio", "calls_ok", "length", "truncated")]
         low, high = p["ci95"]
         rows.append(
-            [name, str(p["n"]), f"{p['accuracy']:.3f}", f"{low:.3f}–{high:.3f}"]
+            [name, str(p["n"]), f"{p['accuracy']:.2f} ({low:.2f}–{high:.2f})"]
             + [f"{v:.2f}" for v in figures]
             + [str(p["dropped"])]
         )
