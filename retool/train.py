@@ -31,7 +31,6 @@ from retool.rollout.groups import to_samples
 from retool.rollout.log import RolloutLog
 from retool.rollout.step_ledger import StepLedger
 from retool.run_folder import RunFolder
-from retool.statistics import summarise
 from retool.workshop import Workshop, open_workshop
 
 StepCallback = Callable[[int, dict[str, float]], None]
@@ -139,12 +138,20 @@ class _Loop:
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    """Accuracy, reward and tool use of a step's trajectories."""
+    """Accuracy, reward and tool use of a step's trajectories, all and (`family/...`) by problem family."""
     trajectories = [t for g in groups for t in g.trajectories]
-    stats = summarise(trajectories)
+    stats = scorecard(trajectories)
     low, high = stats.pop("ci95")
+    families = stats.pop("by_family")
     scores = [t.reward.score for t in trajectories if t.usable and t.reward is not None]
+    by_family = {
+        f"family/{family}/{key}": float(figures[key])
+        for family, figures in families.items()
+        for key in ("accuracy", "code_ratio")
+        if len(families) > 1 and key in figures
+    }
     return {
+        **by_family,
         **{f"rollout/{k}": float(v) for k, v in stats.items()},
         "rollout/accuracy_low": low,
         "rollout/accuracy_high": high,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,13 +51,28 @@ def rl_charts(metrics: Sequence[dict[str, float]]) -> list[str]:
             if any(key in m for m in metrics)
         }
 
+    def families(key: str) -> dict[str, list[float]]:
+        names = sorted({k.split("/")[1] for m in metrics for k in m if k.startswith("family/") and k.endswith(key)})
+        return {name: _smooth([m.get(f"family/{name}/{key}", math.nan) for m in metrics]) for name in names}
+
     wanted = (
+        ("Who calls the tool, by family (mean of 5 steps)", families("code_ratio"), True),
+        ("Accuracy by family (mean of 5 steps)", families("accuracy"), True),
         ("Training accuracy and reward", series(accuracy="rollout/accuracy", reward="rollout/score"), True),
         ("Tool use", {**series(code="rollout/code_ratio"), **series(**{"calls that ran": "rollout/calls_ok"})}, True),
         ("Length (tokens)", series(all="rollout/length", **{"written by the model": "rollout/model_length"}), False),
         ("Entropy", series(entropy="entropy"), False),
     )
     return [line_chart(title, data, bounded=bounded) for title, data, bounded in wanted if data]
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    """Trailing mean over the steps that have a value: a step may hold no problem of a family."""
+    out = []
+    for i in range(len(values)):
+        recent = [v for v in values[max(0, i - width + 1) : i + 1] if math.isfinite(v)]
+        out.append(sum(recent) / len(recent) if recent else math.nan)
+    return out
 
 
 def _sft_chart(metrics: Sequence[dict[str, float]]) -> list[str]:
