@@ -29,8 +29,6 @@ from retool.run_folder import RunFolder
 from retool.train import StepCallback, set_threads, tags_of
 from retool.transcript import Sample
 
-CHECKPOINT_EVERY = 100
-
 
 @dataclass
 class SftResult:
@@ -88,7 +86,7 @@ def sft(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = 
         rows = batch_of_step(len(samples), step, mine.sft.batch_size, mine.seed)
         metrics = learner.step([replace(samples[i], id=f"{epoch}/{samples[i].id}") for epoch, i in rows])
         result.metrics.append(metrics)
-        if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < mine.steps:
+        if (step + 1) % mine.sft.checkpoint_every == 0 and step + 1 < mine.steps:
             _save(folder, learner, step + 1, result.metrics)
         if on_step is not None:
             on_step(step, metrics)

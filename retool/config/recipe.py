@@ -256,6 +256,8 @@ class SftConfig(Section):
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW weight decay."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Steps between checkpoints."""
 
 
 class EvalConfig(Section):

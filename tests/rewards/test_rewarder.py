@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retool.config import ProtocolConfig, RewardConfig
+from retool.errors import UserError
 from retool.protocols import build_protocol
 from retool.records import RewardResult, Trajectory
-from retool.errors import UserError
 from retool.rewards import Rewarder
 from retool.rewards.rewarder import score_of
 from tests.rewards.conftest import boxed, protocol, trajectory

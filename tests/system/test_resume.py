@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,39 @@ def test_kills_without_determinism_lose_no_group(undisturbed: tuple[Path, float]
         assert set(ids) <= set(logged[step])
     metrics = [row for row in ledger(out) if "metrics" in row]
     assert [row["step"] for row in metrics] == list(range(STEPS))
+
+
+def test_a_killed_cold_start_ends_in_the_same_bits(tmp_path: Path) -> None:
+    """Traces and SFT, each killed once and started again."""
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    small = ["data.problems.count=400", "sft.steps=30", "sft.batch_size=16", "sft.checkpoint_every=4"]
+
+    def args(command: str, folder: Path, *more: str) -> list[str]:
+        return [*command.split(), "recipes/tiny.yaml", f"out={folder}", *small, *more]
+
+    for command in ("data generate", "sft"):
+        done = retool(*args(command, whole))
+        assert done.returncode == 0, done.stderr
+    first = start(*args("data generate", out))
+    wait_for(lambda: any(out.glob("traces.jsonl.partial*")), first)
+    first.kill()
+    first.wait()
+    assert retool(*args("data generate", out)).returncode == 0
+    assert (out / "traces.jsonl").read_bytes() == (whole / "traces.jsonl").read_bytes()
+    second = start(*args("sft", out))
+    wait_for(lambda: any((out / "sft" / "checkpoints").glob("0*")), second)
+    second.kill()
+    second.wait()
+    done = retool(*args("sft", out, "--resume"))
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(out / "sft"), weights(whole / "sft")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+    """Until the condition holds or the process has ended."""
+    while process.poll() is None and not condition():
+        time.sleep(0.01)
 
 
 def test_resume_refuses_another_recipe_and_a_missing_run(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
