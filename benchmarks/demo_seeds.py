@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
 import math
 import statistics
 from pathlib import Path
@@ -19,7 +20,10 @@ from retool.console import bar, console, metrics_line, table
 from retool.demo import evaluate_stage, run_demo, stage_summary, with_model
 from retool.files import write_json
 from retool.recipe import load_recipe
+from retool.rollout.step_ledger import read_steps
 from retool.train import train
+from retool.viewer.charts import line_chart
+from retool.viewer.demo_page import by_family
 
 EASY = "last"
 OUT = Path(__file__).with_suffix(".json")
@@ -77,6 +81,13 @@ def verdicts(runs: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def write_picture(ledger: Path) -> None:
+    """Who calls the tool over RL steps, by family, as an SVG beside this file."""
+    metrics = [r.metrics for r in read_steps(ledger) if r.metrics is not None]
+    uri = line_chart("Share of answers that call the tool", by_family(metrics, "code_ratio"), bounded=True)
+    Path(__file__).with_name("demo_when.svg").write_bytes(base64.b64decode(uri.partition(",")[2]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -89,6 +100,7 @@ def main() -> None:
         "runs": dict(zip(map(str, args.seeds), runs, strict=True)),
     }
     write_json(OUT, result)
+    write_picture(Path("runs/demo_seeds") / str(args.seeds[0]) / "rl" / "learner.jsonl")
     rows = [[name, str(value)] for name, value in result["verdicts"].items() if isinstance(value, bool)]
     console.print(table("verdicts", ["claim", "holds"], rows))
 

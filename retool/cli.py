@@ -199,6 +199,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 def main() -> None:
     """Entry point: maps errors to exit codes."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.append(str(Path.cwd()))  # a recipe may name a reward or a preset of the user's own, `module:name`
     try:
         app()
     except (UserError, ConfinementUnavailable) as e:

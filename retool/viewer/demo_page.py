@@ -51,19 +51,21 @@ def rl_charts(metrics: Sequence[dict[str, float]]) -> list[str]:
             if any(key in m for m in metrics)
         }
 
-    def families(key: str) -> dict[str, list[float]]:
-        names = sorted({k.split("/")[1] for m in metrics for k in m if k.startswith("family/") and k.endswith(key)})
-        return {name: _smooth([m.get(f"family/{name}/{key}", math.nan) for m in metrics]) for name in names}
-
     wanted = (
-        ("Who calls the tool, by family (mean of 5 steps)", families("code_ratio"), True),
-        ("Accuracy by family (mean of 5 steps)", families("accuracy"), True),
+        ("Who calls the tool, by family (mean of 5 steps)", by_family(metrics, "code_ratio"), True),
+        ("Accuracy by family (mean of 5 steps)", by_family(metrics, "accuracy"), True),
         ("Training accuracy and reward", series(accuracy="rollout/accuracy", reward="rollout/score"), True),
         ("Tool use", {**series(code="rollout/code_ratio"), **series(**{"calls that ran": "rollout/calls_ok"})}, True),
         ("Length (tokens)", series(all="rollout/length", **{"written by the model": "rollout/model_length"}), False),
         ("Entropy", series(entropy="entropy"), False),
     )
     return [line_chart(title, data, bounded=bounded) for title, data, bounded in wanted if data]
+
+
+def by_family(metrics: Sequence[dict[str, float]], key: str) -> dict[str, list[float]]:
+    """A figure of each problem family over steps, smoothed."""
+    names = sorted({k.split("/")[1] for m in metrics for k in m if k.startswith("family/") and k.endswith(key)})
+    return {name: _smooth([m.get(f"family/{name}/{key}", math.nan) for m in metrics]) for name in names}
 
 
 def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
