@@ -73,7 +73,9 @@ def verdicts(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "gain_rl": {f: gain(f, "rl") for f in families},
         "gain_shuffled": {f: gain(f, "shuffled") for f in families},
         "rl_beats_sft_beyond_the_interval_on_tool_families": all(separated(r, f) for r in runs for f in hard),
-        "easy_family_loses_no_accuracy": gain(EASY, "rl")["ci95"][1] >= 0,
+        "easy_family_loses_no_accuracy": all(
+            figure(r, "rl", EASY, "accuracy") >= r["stages"]["sft"]["by_family"][EASY]["tool"]["ci95"][0] for r in runs
+        ),
         "easy_family_calls_less_than_tool_families": all(
             figure(r, "rl", EASY, "code_ratio") < min(figure(r, "rl", f, "code_ratio") for f in hard) for r in runs
         ),
