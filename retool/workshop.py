@@ -7,8 +7,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.local import LocalSandbox
-
 from retool.config import Recipe, SandboxConfig
 from retool.engines.base import Engine
 from retool.engines.transformers_engine import TransformersEngine
@@ -18,6 +16,7 @@ from retool.protocols.base import ToolProtocol
 from retool.protocols.codec import Codec
 from retool.records import Problem
 from retool.rewards import Rewarder
+from sandbox.local import LocalSandbox
 from sandbox.types import Limits, Sandbox
 
 
