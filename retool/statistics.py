@@ -23,7 +23,7 @@ def interval(per_problem: Sequence[Sequence[float]]) -> tuple[float, tuple[float
     if all(len(s) <= 1 for s in per_problem):
         d = 1 + Z95**2 / n
         mid, half = (p + Z95**2 / (2 * n)) / d, Z95 / d * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
-        return p, (max(0.0, mid - half), min(1.0, mid + half))
+        return p, (min(p, max(0.0, mid - half)), max(p, min(1.0, mid + half)))  # p itself, rounding or not
     var = sum((m - p) ** 2 for m in means) / max(n - 1, 1)
     half = Z95 * math.sqrt(var / n)
     return p, (max(0.0, p - half), min(1.0, p + half))

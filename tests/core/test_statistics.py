@@ -52,6 +52,10 @@ def test_intervals() -> None:
     p, (low, high) = interval([[1.0]] * 8 + [[0.0]] * 2)  # Wilson: centre and half width worked out by hand
     assert p == 0.8
     assert (low, high) == (pytest.approx(0.490162, abs=1e-5), pytest.approx(0.943318, abs=1e-5))
+    for n in range(1, 60):  # the ends hold the estimate itself, whatever the rounding
+        for value in (0.0, 1.0):
+            p, (low, high) = interval([[value]] * n)
+            assert 0 <= low <= p <= high <= 1
     p, (low, high) = interval([[1.0, 0.0], [1.0, 1.0]])
     half = 1.959964 * math.sqrt(0.125 / 2)
     assert (p, low, high) == (0.75, pytest.approx(0.75 - half, abs=1e-5), 1.0)
