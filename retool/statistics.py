@@ -14,17 +14,18 @@ Z95 = 1.959963984540054
 
 def interval(per_problem: Sequence[Sequence[float]]) -> tuple[float, tuple[float, float]]:
     """Mean accuracy and its 95 % interval; one inner sequence a problem, since samples of one problem are not
-    independent. One 0/1 sample a problem: Wilson's interval; otherwise the normal one over problem means."""
+    independent. The normal interval over problem means; Wilson's where that one fails: with one 0/1 sample a problem,
+    or when all means are equal."""
     means = [sum(s) / len(s) for s in per_problem if s]
     n = len(means)
     if n == 0:
         return float("nan"), (float("nan"), float("nan"))
     p = sum(means) / n
-    if all(len(s) <= 1 for s in per_problem):
+    var = sum((m - p) ** 2 for m in means) / max(n - 1, 1)
+    if var == 0 or all(len(s) <= 1 for s in per_problem):
         d = 1 + Z95**2 / n
         mid, half = (p + Z95**2 / (2 * n)) / d, Z95 / d * math.sqrt(p * (1 - p) / n + Z95**2 / (4 * n * n))
         return p, (min(p, max(0.0, mid - half)), max(p, min(1.0, mid + half)))  # p itself, rounding or not
-    var = sum((m - p) ** 2 for m in means) / max(n - 1, 1)
     half = Z95 * math.sqrt(var / n)
     return p, (max(0.0, p - half), min(1.0, p + half))
 

@@ -59,4 +59,5 @@ def test_intervals() -> None:
     p, (low, high) = interval([[1.0, 0.0], [1.0, 1.0]])
     half = 1.959964 * math.sqrt(0.125 / 2)
     assert (p, low, high) == (0.75, pytest.approx(0.75 - half, abs=1e-5), 1.0)
+    assert interval([[0.0, 0.0]] * 10)[1] == interval([[0.0]] * 10)[1]  # equal means are no certainty
     assert all(math.isnan(v) for v in (interval([])[0], *interval([])[1]))
