@@ -19,8 +19,9 @@ from typing import Any
 
 from data_gen.partial import Partial
 from data_gen.teacher import NoMaterial, plan, uses_tool
-from data_gen.trace import DataError, Segment, Trace, write_text, write_traces
+from data_gen.trace import DataError, Segment, Trace, write_traces
 from retool.config import DataConfig, Recipe
+from retool.files import write_text
 from retool.problems import load_problems
 from retool.protocols import Codec, CodecError
 from retool.records import Problem, ToolCall, Trajectory

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retool.errors import UserError
+from retool.files import write_text
 from retool.protocols import Codec, ToolProtocol
 from retool.records import Problem
 from retool.transcript import Span, Transcript
@@ -127,10 +128,3 @@ def load_traces(path: Path | str) -> list[Trace]:
 def write_traces(path: Path, traces: Sequence[Trace]) -> None:
     """All or nothing: a temporary file beside it, then a rename."""
     write_text(path, "".join(json.dumps(t.to_row(), ensure_ascii=False) + "\n" for t in traces))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomic replacement of a file."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -10,11 +10,9 @@ from typing import Any
 from retool.config import Recipe, SandboxConfig
 from retool.engines.base import Engine
 from retool.engines.transformers_engine import TransformersEngine
-from retool.problems import load_problems
 from retool.protocols import build_protocol
 from retool.protocols.base import ToolProtocol
 from retool.protocols.codec import Codec
-from retool.records import Problem
 from retool.rewards import Rewarder
 from sandbox.local import LocalSandbox
 from sandbox.types import Limits, Sandbox
@@ -56,8 +54,3 @@ async def open_workshop(
             yield Workshop(sandbox, protocol, codec, rewarder, engine)
     finally:
         await engine.close()
-
-
-def training_problems(recipe: Recipe) -> list[Problem]:
-    """The recipe's problems; held-out ones never come in here."""
-    return load_problems(recipe.problems)
