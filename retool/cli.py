@@ -73,8 +73,11 @@ def train(
         print(dump_recipe(resolved), end="")
         return
     from retool.console import bar, metrics_line
+    from retool.objectives.validate import validate
     from retool.train import train as run
 
+    for warning in validate(resolved):
+        errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
     with bar("RL", resolved.steps) as progress:
         result = asyncio.run(run(resolved, resume=resume, on_step=lambda s, m: progress.update(s + 1, metrics_line(m))))
     for done, card in result.evaluations.items():

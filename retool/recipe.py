@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from retool.config import Recipe
 from retool.errors import UserError
 from retool.objectives.presets import preset_fragment
+from retool.objectives.validate import validate
 
 
 class RecipeError(UserError):
@@ -62,9 +63,14 @@ def resolve(raw: dict[str, Any], where: str = "recipe") -> Recipe:
     except ValueError as e:
         raise RecipeError(f"{where}: objective.preset: {e}") from None
     try:
-        return Recipe.model_validate(merge(fragment, raw))
+        recipe = Recipe.model_validate(merge(fragment, raw))
     except ValidationError as e:
         raise RecipeError("\n".join(f"{where}: {line}" for line in _explain(e))) from None
+    try:
+        validate(recipe)
+    except ValueError as e:
+        raise RecipeError("\n".join(f"{where}: {line}" for line in str(e).split("; "))) from None
+    return recipe
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def sft(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = 
     traces = load_traces(default_traces(recipe))
     model = load_model(mine.model, tokenizer, mine.seed)
     samples = [_sample(t, codec) for t in traces]
-    folder = RunFolder(mine, resume=resume)
     learner = Learner.create(mine, build_objective(mine), model, tokenizer)
+    folder = RunFolder(mine, resume=resume)
     result = SftResult(folder)
     latest = folder.latest()
     first = 0

@@ -75,8 +75,8 @@ async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback |
     problems = load_problems(recipe.problems)
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe))
     model = load_model(recipe.model, tokenizer, recipe.seed)
-    folder = RunFolder(recipe, resume=resume)
     learner = Learner.create(recipe, build_objective(recipe), model, tokenizer)
+    folder = RunFolder(recipe, resume=resume)  # the last thing that can refuse: nothing is half-written
     latest = folder.latest()
     if latest is not None:
         learner.load(latest[1])

@@ -52,6 +52,8 @@ def test_extends_lays_a_recipe_over_another(tmp_path: Path) -> None:
         ("steps: 0", [], "steps"),
         ("steps: many", [], "steps"),
         ("reward: {correct: 1, wrong: 0, max_call_cost: 1}", [], "must stay above wrong"),
+        ("rollout: {group_size: 1}", [], "rollout.group_size must be >= 2"),
+        ("objective: {preset: ppo, critic: {kind: none}}", [], "needs values: set objective.critic.kind"),
         ("steps: 3", ["steps"], "write it as key=value"),
         ("steps: 3", ["steps.a=1"], "'steps' is a value"),
         ("- 1", [], "YAML mapping"),

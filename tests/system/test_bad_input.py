@@ -76,6 +76,12 @@ def test_unwritable_run_folder(tmp_path: Path) -> None:
     assert "cannot write to the folder" in fails("train", TINY, f"out={blocker}/run")
 
 
+def test_impossible_combination(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert "rollout.group_size must be >= 2" in fails("train", TINY, f"out={out}", "rollout.group_size=1")
+    assert not out.exists()
+
+
 def test_unknown_explain_key_and_preset() -> None:
     assert "did you mean 'rollout.group_size'" in fails("explain", "rollout.groupsize")
     assert "grpo" in fails("train", TINY, "objective=grop", "--dry-run")
