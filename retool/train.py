@@ -132,6 +132,7 @@ class _Loop:
         self.ledger.plan(step, [s.id for s in samples])
         metrics = {**rollout_metrics(groups), **self.learner.step(samples)}
         metrics.update({f"count/{name}": float(n) for name, n in counters.items()})
+        metrics.update({f"count/verifier_{k}": float(n) for k, n in self.workshop.rewarder.counters.items()})
         self.ledger.finish(step, metrics)
         await self.workshop.engine.sync(None, self.learner.version)
         return metrics
