@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
 
+from retool.records import RewardResult, Trajectory
 from retool.rollout.log import RolloutLog
 
 REPO = Path(__file__).parents[2]
@@ -52,6 +54,12 @@ def logged_ids(run: Path) -> dict[int, list[str]]:
     """step -> trajectory ids in the rollout log."""
     with RolloutLog(run / "rollouts", read_only=True) as log:
         return {s: [t.id for g in log.read_step(s) for t in g.trajectories] for s in log.steps()}
+
+
+def by_digits(trajectory: Trajectory, result: RewardResult) -> RewardResult:
+    """A reward (`reward.custom`) that an untrained model earns in part: the share of digits in what it wrote."""
+    text = trajectory.policy_text
+    return replace(result, score=sum(c.isdigit() for c in text) / max(len(text), 1))
 
 
 def weights(run: Path) -> dict:

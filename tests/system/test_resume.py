@@ -18,43 +18,48 @@ STEPS = 8
 
 
 def train_args(out: Path, *more: str) -> list[str]:
-    return ["train", "recipes/tiny.yaml", f"out={out}", *more]
+    return ["train", "recipes/tiny.yaml", f"out={out}", "reward.custom=tests.system.runs:by_digits", *more]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
-    """A run nobody touched, and how long it took."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run nobody touched."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    began = time.monotonic()
     done = retool(*train_args(out))
     assert done.returncode == 0, done.stderr
-    return out, time.monotonic() - began
+    metrics = [row["metrics"] for row in ledger(out) if "metrics" in row]
+    assert all(m["grad_norm/policy"] > 0 and m["advantage/std"] > 0 for m in metrics)  # every step changes the weights
+    return out
 
 
-def kill_then_resume(out: Path, kills: int, seconds: float, rng: random.Random, *more: str) -> int:
-    """Start, kill at `kills` random moments, and let the last process finish. Returns how many kills hit a live run."""
-    hits = 0
-    for k in range(kills):
+def kill_then_resume(out: Path, rng: random.Random, *more: str) -> None:
+    """Kill three times, at a random moment before, between and after the run's checkpoints, then let it finish.
+
+    The ledger has two lines a step and a checkpoint comes after every third step, so that each window of lines holds
+    moments of sampling, learning and saving.
+    """
+    for window in ((0, 5), (6, 11), (12, 15)):
         begun = (out / "recipe.yaml").exists()
         process = start(*train_args(out, *more, *(["--resume"] if begun else [])))
-        began = time.monotonic()
-        while not (out / "recipe.yaml").exists() and process.poll() is None:
-            time.sleep(0.02)
-        # a moment in the working part of the run, whose start-up (imports) takes a while
-        time.sleep(rng.uniform(0.1, 0.9) * max(seconds - (time.monotonic() - began), 1.0) / (k + 1))
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            hits += 1
+        lines = rng.randint(*window)
+        wait_for(lambda lines=lines: (out / "recipe.yaml").exists() and count_lines(out) >= lines, process)
+        time.sleep(rng.uniform(0, 0.1))
+        assert process.poll() is None, "the run ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
         process.wait()
     done = retool(*train_args(out, *more, "--resume"))
     assert done.returncode == 0, done.stderr
-    return hits
 
 
-def test_three_kills_change_no_bit(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    whole, seconds = undisturbed
+def count_lines(out: Path) -> int:
+    ledger_file = out / "learner.jsonl"
+    return ledger_file.read_bytes().count(b"\n") if ledger_file.exists() else 0
+
+
+def test_three_kills_change_no_bit(undisturbed: Path, tmp_path: Path) -> None:
+    whole = undisturbed
     out = tmp_path / "killed"
-    assert kill_then_resume(out, 3, seconds, random.Random(time.time_ns())) >= 1
+    kill_then_resume(out, random.Random(time.time_ns()))
     assert trained_ids(out) == trained_ids(whole)
     assert [s for s, _ in trained_ids(out)] == list(range(STEPS))
     assert logged_ids(out) == logged_ids(whole)
@@ -63,10 +68,10 @@ def test_three_kills_change_no_bit(undisturbed: tuple[Path, float], tmp_path: Pa
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_kills_without_determinism_lose_no_group(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    whole, seconds = undisturbed
+def test_kills_without_determinism_lose_no_group(undisturbed: Path, tmp_path: Path) -> None:
+    whole = undisturbed
     out = tmp_path / "killed"
-    kill_then_resume(out, 3, seconds, random.Random(time.time_ns()), "deterministic=false")
+    kill_then_resume(out, random.Random(time.time_ns()), "deterministic=false")
     assert [s for s, _ in trained_ids(out)] == list(range(STEPS))
     logged = logged_ids(out)
     assert {s: sorted(ids) for s, ids in logged.items()} == {s: sorted(i) for s, i in logged_ids(whole).items()}
@@ -110,8 +115,8 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes]) ->
         time.sleep(0.01)
 
 
-def test_resume_refuses_another_recipe_and_a_missing_run(undisturbed: tuple[Path, float], tmp_path: Path) -> None:
-    whole, _ = undisturbed
+def test_resume_refuses_another_recipe_and_a_missing_run(undisturbed: Path, tmp_path: Path) -> None:
+    whole = undisturbed
     other = retool(*train_args(whole, "--resume", "learner.lr=0.5"))
     assert other.returncode == 2 and "learner" in other.stderr
     again = retool(*train_args(whole))
