@@ -46,7 +46,10 @@ class TrainResult:
 
 
 def set_threads(recipe: Recipe) -> None:
-    """One thread in deterministic mode, else what the recipe says, else every core."""
+    """One thread in deterministic mode, else what the recipe says, else every core. Raises `UserError` under torchrun,
+    where every rank would sample and write for itself."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this command runs in one process so far; start it without torchrun")
     threads = recipe.learner.threads or (1 if recipe.deterministic else os.cpu_count() or 1)
     torch.set_num_threads(threads)
     if recipe.deterministic:
@@ -69,8 +72,6 @@ def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: i
 
 async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = None) -> TrainResult:
     """Run all steps. Raises `UserError` for what the user can mend, `SandboxError` where no sandbox can be had."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("`retool train` runs in one process so far; start it without torchrun")
     set_threads(recipe)
     problems = load_problems(recipe.problems)
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe))
