@@ -29,8 +29,8 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Limits:
-    """What one execution may use. Output: the first `stdout_head` and the last `stdout_tail` bytes are kept, and
-    more than `output_kill_bytes` kills the run (status `output_limit`)."""
+    """What one execution may use. Output: the first `output_head_bytes` and the last `output_tail_bytes` of
+    each stream are kept, and more than `output_kill_bytes` kills the run (status `output_limit`)."""
 
     wall_s: float = 5.0
     cpu_s: float = 5.0

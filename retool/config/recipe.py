@@ -60,7 +60,7 @@ class ProblemsConfig(Section):
     split: str = "train"
     """Split of a hub data set."""
     families: tuple[str, ...] = ()
-    """Names of procedural families: `retool objectives` lists algorithms, `retool explain problems.families` these."""
+    """Names of procedural families, see retool/problems/families.py; a wrong name is answered with the right ones."""
     count: int | None = Field(None, ge=1)
     """How many problems: required for procedural ones, a limit for the others."""
     seed: int = 0
@@ -137,7 +137,8 @@ class RewardConfig(Section):
     retries: int = Field(1, ge=0)
     """Tries after a worker was killed or died."""
     custom: str | None = None
-    """Dotted path `module:function` of your own reward: (trajectory, RewardResult) -> RewardResult."""
+    """Dotted path `module:function` of your own reward: (trajectory, RewardResult) -> RewardResult.
+    It may break the rule that a right answer outscores a wrong one: that is then yours to keep."""
     shuffle: bool = False
     """Control experiment: permute scores over the trajectories of a step."""
 
