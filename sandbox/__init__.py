@@ -14,6 +14,7 @@ from sandbox.types import (
     ConfinementUnavailable,
     ExceptionInfo,
     ExecResult,
+    FileInfo,
     Limits,
     Sandbox,
     SandboxError,
@@ -21,6 +22,8 @@ from sandbox.types import (
     SandboxOverloaded,
     SandboxProtocolError,
     SandboxUnavailable,
+    Session,
+    SessionError,
     Status,
     Usage,
 )
@@ -32,6 +35,7 @@ __all__ = [
     "ConfinementUnavailable",
     "ExceptionInfo",
     "ExecResult",
+    "FileInfo",
     "Limits",
     "LocalSandbox",
     "Sandbox",
@@ -40,6 +44,8 @@ __all__ = [
     "SandboxOverloaded",
     "SandboxProtocolError",
     "SandboxUnavailable",
+    "Session",
+    "SessionError",
     "Status",
     "Usage",
 ]

@@ -210,8 +210,9 @@ class Unit:
     async def spawn(self, uid: int) -> Child:
         """Fork and confine a child that waits for a job. Raises `SandboxInfraError` (spawn_failed, jail_failed)."""
         ident = next(_IDENTS)
-        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(4)]
-        (job_r, job_w), (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
+        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
+        (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
+        job_w, job_r = (end.detach() for end in socket.socketpair())  # a socket, because sessions are sent descriptors
         child = Child(ident, job_w, out_r, err_r, rep_r, uid)
         self._children[ident] = child
         try:
