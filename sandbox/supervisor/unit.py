@@ -280,7 +280,7 @@ class Unit:
                 await asyncio.shield(child.exited)
             if child.cell is not None:
                 dead = await child.cell.clear()
-                if child.cell is not None and child.cell.reusable and not self.lost.is_set():
+                if self._may_keep(child.cell):
                     self._cells.append(child.cell)
                     child.cell = None
             else:
@@ -288,6 +288,9 @@ class Unit:
         except (TimeoutError, SandboxInfraError):
             dead = child.cell is not None and await child.cell.destroy()
         return dead or self.lost.is_set()
+
+    def _may_keep(self, cell: Cell) -> bool:
+        return cell.reusable and not self.lost.is_set() and len(self._cells) < self.settings.workers
 
     async def purge(self, ident: int, uid: int) -> bool:
         """Kill what runs as `uid`; True when nothing is left. Raises `SandboxInfraError`."""

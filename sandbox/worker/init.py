@@ -38,6 +38,7 @@ def serve(control: socket.socket) -> NoReturn:
     """Until the supervisor closes its end; the kernel then kills whatever is in the namespace."""
     try:
         sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
+        sys_.name_process("sandbox-init")
         fd = os.dup2(control.fileno(), 0)
         for number in range(1, signal.NSIG):
             with contextlib.suppress(OSError, ValueError):

@@ -6,6 +6,7 @@ everything of one user id. When the supervisor goes away, however it goes, the w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -65,6 +66,14 @@ def _enter_process_namespace(sockets: tuple[socket.socket, ...]) -> int:
 def _children() -> list[int]:
     """Processes whose parent we are, zombies included."""
     return [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
+
+
+def _owner(pid: int) -> int:
+    """Effective user id of a process, zombie or not; -1 when it is gone."""
+    try:
+        return Path("/proc", str(pid)).stat().st_uid
+    except OSError:
+        return -1
 
 
 class Warden:
@@ -133,18 +142,20 @@ class Warden:
         return pidfd
 
     def purge(self, uid: int) -> bool:
-        """Kill everything of a run; True when nothing is left, zombies included (they count as processes)."""
+        """Kill everything of a run; True when nothing is left, zombies included (they count as processes).
+
+        The run's first process is dead, so whatever else lives has an ancestor that was given to us as the subreaper.
+        """
         if self.tier.own_uid:
             self.uids.add(uid)
         for attempt in range(200):
-            self._reap_orphans()
             if self.tier.own_uid:
-                if not _kill_as(uid):
-                    return True
-            else:
-                orphans = [pid for pid in _children() if pid != self.zygote]  # given to us as the subreaper
-                if not orphans:
-                    return True
+                _kill_as(uid)
+            self._reap_orphans()
+            orphans = [pid for pid in _children() if pid != self.zygote and (not uid or _owner(pid) == uid)]
+            if not orphans:
+                return True
+            if not self.tier.own_uid:
                 for pid in orphans:
                     os.kill(pid, signal.SIGKILL)
             select.poll().poll(min(attempt, 20))
@@ -162,19 +173,17 @@ class Warden:
                 self.purge(uid)
 
 
-def _kill_as(uid: int) -> bool:
-    """`kill(-1)` with the run's effective user id: atomic against fork bombs. False when there was nobody.
+def _kill_as(uid: int) -> None:
+    """`kill(-1)` with the run's effective user id: atomic against fork bombs.
 
     Our real id is then one that the run cannot signal; the saved id, root's, is the way back.
     """
     os.setresuid(uid + 1, uid, 0)
     try:
-        os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(-1, signal.SIGKILL)
     finally:
         os.setresuid(0, 0, 0)
-    return True
 
 
 def main(config: dict[str, Any]) -> int:
@@ -185,6 +194,7 @@ def main(config: dict[str, Any]) -> int:
     python_paths = tuple(config["python_paths"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        sys_.name_process("sandbox-warden")
         if tier.namespaces:
             enter_namespaces(python_paths, config["uid"])
         else:
@@ -208,6 +218,7 @@ def main(config: dict[str, Any]) -> int:
 
 def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoReturn:
     try:
+        sys_.name_process("sandbox-zygote")
         sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
         sys.path[:] = [*sys.path, *(path for path in config["module_paths"] if path not in sys.path)]
         warm(PROFILES[config["profile"]])

@@ -88,13 +88,13 @@ class Zygote:
     def _fork(self, ident: int, numbers: tuple[int, ...], fds: list[int]) -> int:
         uid, seen_pid = numbers[0], numbers[1]
         if not self.jail.tier.namespaces:
-            pid = os.fork()
+            pid = sys_.fork()
             if pid == 0:
                 self._child(ident, uid, seen_pid, fds)
             return pid
         sys_.setns(fds[4], sys_.CLONE_NEWPID)
         try:
-            pid = os.fork()
+            pid = sys_.fork()
             if pid == 0:
                 self._child(ident, uid, seen_pid, fds)
         finally:
