@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import os
 import socket
 import time
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sandbox import paths
+from sandbox.results import encode_error, encode_result
 from sandbox.supervisor.idempotency import IdempotencyStore
 from sandbox.supervisor.outcome import digest
 from sandbox.supervisor.pool import Pool, uids_needed
 from sandbox.supervisor.probe import Probe, attempt
 from sandbox.supervisor.run import Job, Run
+from sandbox.supervisor.sessions import Sessions
+from sandbox.supervisor.sessions_live import Admission, Request
+from sandbox.supervisor.sessions_wire import SessionRequests
 from sandbox.supervisor.settings import Settings
+from sandbox.supervisor.unit import Child, Unit
 from sandbox.tiers import BY_NAME, NONE, TIERS, Tier
 from sandbox.types import (
     ConfinementUnavailable,
@@ -72,6 +79,36 @@ class Service:
         self._running: dict[int, Run] = {}
         self._idempotency = IdempotencyStore()
         self._pool: Pool | None = None
+        self.sessions = Sessions(
+            self._lend,
+            Admission(self._slots, self._count),
+            self.counts,
+            settings.max_sessions,
+            settings.max_snapshots,
+        )
+        self.session_requests = SessionRequests(self.sessions, _refusal)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] += 1
+
+    async def _lend(self, profile: str) -> tuple[Unit, Child, Callable[[bool], None]]:
+        """A ready child for a session; what is returned with it takes it back."""
+        pool = self._pool
+        assert pool is not None
+        unit, child = await pool.take()
+        pool.refill()
+
+        def give_back(clean: bool) -> None:
+            pool.recycle(unit, child, clean=clean)
+
+        return unit, child, give_back
+
+    def cancel_session(self, ident: str) -> None:
+        """The caller of a session's running execution has gone away."""
+        try:
+            self.sessions.find(ident).cancel()
+        except SandboxError:
+            pass
 
     @property
     def tier(self) -> str:
@@ -149,12 +186,17 @@ class Service:
             return error_reply(error), 0
         self.counts["executions"] += 1
         self.counts[f"status:{result.status.value}"] += 1
-        return {"result": asdict(result)}, len(result.stdout) + len(result.stderr) + 1024
+        size = len(result.stdout) + len(result.stderr) + sum(len(data) for data in result.files.values()) + 1024
+        return {"result": encode_result(result)}, size
 
     async def _admit(self, request: dict[str, Any], handle: int) -> ExecResult:
         limits = Limits(**request["limits"])
-        job = Job(request["code"], request["stdin"], request["seed"], limits)
-        refused = _refusal(job)
+        files = {path: base64.b64decode(data) for path, data in (request.get("files") or {}).items()}
+        fetch = tuple(dict.fromkeys(request.get("fetch") or ()))
+        job = Job(
+            request["code"], request["stdin"], request["seed"], limits, files, fetch, bool(request.get("rich"))
+        )
+        refused = _refusal(job) or _refused_files(job)
         if refused:
             inputs = (job.code, job.stdin, str(job.seed), self.settings.profile, Status.REJECTED.value)
             return ExecResult(Status.REJECTED, stderr=refused, digest=digest(*inputs), isolation=self.tier)
@@ -199,18 +241,33 @@ class Service:
             "workers": self.settings.workers,
             "running": len(self._running),
             "waiting": self._waiting,
+            **self.sessions.stats(),
             **(pool.describe() if pool else {}),
+        }
+
+    def capabilities(self) -> dict[str, Any]:
+        """What this sandbox can do."""
+        tier = BY_NAME[self.tier]
+        return {
+            "tier": tier.name,
+            "profiles": [self.settings.profile],
+            "fork": not tier.deny_fork,
+            "limits": self.settings.limits.__dict__,
+            "workers": self.settings.workers,
+            "max_sessions": self.settings.max_sessions,
+            "max_snapshots": self.settings.max_snapshots,
         }
 
     async def close(self) -> None:
         """End every run and the warm unit."""
+        await self.sessions.close_all()
         if self._pool is not None:
             await self._pool.close()
         for lock in self._uid_locks:
             lock.close()
 
 
-def _refusal(job: Job) -> str:
+def _refusal(job: Job | Request) -> str:
     try:
         code, stdin = job.code.encode(), job.stdin.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -220,6 +277,13 @@ def _refusal(job: Job) -> str:
     if len(stdin) > STDIN_BYTES:
         return f"standard input of {len(stdin)} bytes exceeds the limit of {STDIN_BYTES}"
     return ""
+
+
+def _refused_files(job: Job) -> str:
+    if reason := paths.refusals(job.files) or paths.refusals(job.fetch):
+        return reason
+    size = sum(len(data) for data in job.files.values())
+    return f"files of {size} bytes exceed the limit of {paths.MAX_BYTES}" if size > paths.MAX_BYTES else ""
 
 
 async def _starts(pool: Pool) -> str:
@@ -232,12 +296,4 @@ async def _starts(pool: Pool) -> str:
 
 def error_reply(error: SandboxError) -> dict[str, Any]:
     """An infrastructure failure as a reply."""
-    return {
-        "error": {
-            "kind": type(error).__name__,
-            "code": error.code,
-            "retryable": error.retryable,
-            "message": str(error),
-            "retry_after": getattr(error, "retry_after", 0.0),
-        }
-    }
+    return {"error": encode_error(error)}

@@ -16,7 +16,7 @@ from sandbox.types import Limits
 class Settings:
     """`workers`: runs at once. `tier`: a name, or empty for the strongest that holds. `module_paths`: folders that the
     profile's modules were found in. `work_root`: a private folder. `client_pid`: whose death ends the supervisor.
-    `survey`: report on every tier and end."""
+    `survey`: report on every tier and end. `max_sessions`, `max_snapshots`: open at once."""
 
     profile: str = "py-math"
     workers: int = 2
@@ -29,6 +29,8 @@ class Settings:
     client_pid: int = 0
     client_fd: int = -1
     survey: bool = False
+    max_sessions: int = 512
+    max_snapshots: int = 256
 
     def to_json(self) -> str:
         """For the command line."""

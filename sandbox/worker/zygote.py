@@ -12,6 +12,7 @@ import importlib
 import os
 import select
 import socket
+import time
 import types
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def warm(profile: Profile) -> None:
 
 
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
+_STRANGERS_S = 0.2
 _HIGH = 512  # descriptors a child keeps are moved up here before everything below is closed
 
 
@@ -68,12 +70,16 @@ class Zygote:
 
     def serve(self) -> None:
         """Until the supervisor closes its end."""
+        looked = 0.0
         while True:
-            for fd, _ in self.poller.poll():
+            for fd, _ in self.poller.poll(1e3 * _STRANGERS_S):
                 if fd in self.children:
                     self._reap(fd)
                 elif not self._command():
                     return
+            if time.monotonic() - looked > _STRANGERS_S:
+                looked = time.monotonic()
+                self._reap_strangers()
 
     def _command(self) -> bool:
         packet = wire.receive_packet(self.control)
@@ -89,6 +95,10 @@ class Zygote:
                 wire.send_packet(self.control, wire.SPAWNED, ident, (pid,), (pidfd,))
             except OSError as error:
                 wire.send_packet(self.control, wire.FAILED, ident, (error.errno or 0,))
+        elif kind == wire.ADOPT and fds:
+            pidfd = fds.pop()
+            self.children[pidfd] = (ident, 0)
+            self.poller.register(pidfd, select.POLLIN)
         for fd in fds:
             os.close(fd)
         return True
@@ -147,7 +157,25 @@ class Zygote:
     def _reap(self, pidfd: int) -> None:
         ident, pid = self.children.pop(pidfd)
         self.poller.unregister(pidfd)
-        os.close(pidfd)
-        _, status, usage = os.wait4(pid, 0)
+        try:
+            if not pid:
+                found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+                pid = found.si_pid if found else 0
+            _, status, usage = os.wait4(pid, 0)
+        except ChildProcessError:  # an adopted process that had ended too early, or was never ours
+            wire.send_packet(self.control, wire.EXITED, ident, (wire.UNKNOWN_STATUS, 0, 0))
+            return
+        finally:
+            os.close(pidfd)
         cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
         wire.send_packet(self.control, wire.EXITED, ident, (status, cpu, usage.ru_maxrss))
+
+    def _reap_strangers(self) -> None:
+        """User code can make processes our children (CLONE_PARENT). Their zombies would count against its user id."""
+        try:
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if any(fd in self.children for fd, _ in self.poller.poll(0)):
+                    return  # perhaps one that we know: its turn comes first
+                os.waitpid(ended.si_pid, 0)
+        except ChildProcessError:
+            pass
