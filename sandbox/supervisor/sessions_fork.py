@@ -20,7 +20,7 @@ from sandbox.supervisor.unit import Child, next_ident
 from sandbox.types import SandboxInfraError, SessionError
 from sandbox.worker import channel
 
-FORK_S = 20.0
+FORK_S = 10.0
 MAX_DEPTH = 14
 """Copies of copies: each adds a Landlock layer, of which the kernel allows 16."""
 _CREDENTIALS = struct.Struct("3i")
@@ -51,6 +51,7 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
     try:
         async with asyncio.timeout(FORK_S):
             await _command(source, fields, theirs)
+            _close(theirs)  # a copy that dies without a word is then an end of file
             pid = await _hello(child.job)
         child.process = _identify(tree, pid)
     except TimeoutError:
@@ -60,12 +61,16 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
         child.close()
         raise
     finally:
-        for fd in theirs:
-            os.close(fd)
+        _close(theirs)
     tree.unit.adopt(child)
     member = Interpreter(child, pid)
     tree.members.add(member)
     return member
+
+
+def _close(fds: list[int]) -> None:
+    while fds:
+        os.close(fds.pop())
 
 
 async def _command(source: Interpreter, fields: dict[str, Any], fds: list[int]) -> None:

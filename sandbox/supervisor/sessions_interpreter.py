@@ -18,7 +18,7 @@ from typing import Any
 
 from sandbox.supervisor.pump import Stream
 from sandbox.supervisor.unit import Child
-from sandbox.types import Limits
+from sandbox.types import Limits, SessionError
 from sandbox.worker import channel
 
 Answer = Callable[[dict[str, Any], bytes], None]
@@ -160,10 +160,19 @@ class Interpreter:
     async def ask(
         self, kind: bytes, fields: dict[str, Any] | None = None, data: bytes = b"", cap: int = ANSWER_BYTES
     ) -> tuple[dict[str, Any], bytes]:
-        """`send`, and wait for the answer. The caller limits the time."""
+        """`send`, and wait for the answer. The caller limits the time. Raises `SessionError(session_ended)`."""
         future: asyncio.Future[tuple[dict[str, Any], bytes]] = self._loop.create_future()
+
+        def ended(_: object) -> None:
+            if not future.done():
+                future.set_exception(SessionError("the session has ended: its process has ended", "session_ended"))
+
+        self.child.exited.add_done_callback(ended)
         self.send(kind, fields, data, lambda *answer: future.done() or future.set_result(answer), cap)
-        return await future
+        try:
+            return await future
+        finally:
+            self.child.exited.remove_done_callback(ended)
 
     def _nonsense(self) -> None:
         if self.on_nonsense is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import array
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -22,10 +23,11 @@ from sandbox.worker import branch, channel, files, stage
 from sandbox.worker.display import cell_name, describe, rich_results, run_source
 
 _NO_SIGKILL = seccomp.build_no_sigkill() if SUPPORTED else b""
+_HIGH = 250  # below the limit of descriptors, 256
 
 
 class Interpreter:
-    """State of one live interpreter. `job` and `report` keep their numbers in every copy."""
+    """State of one live interpreter."""
 
     def __init__(self, job: int, report: int, settings: dict[str, Any], filtered: bool) -> None:
         self.job, self.report, self.filtered = job, report, filtered
@@ -151,13 +153,7 @@ class Interpreter:
         self, received: list[int], opened: list[tuple[int, int, int]], fields: dict[str, Any], states: Any
     ) -> None:
         try:
-            os.dup2(received[0], self.job, inheritable=False)
-            for target, fd in ((1, received[1]), (2, received[2])):
-                os.dup2(fd, target, inheritable=True)
-            os.dup2(received[3], self.report, inheritable=False)
-            for fd in received:
-                os.close(fd)
-            received.clear()
+            self._take_channel(received)
             os.setsid()
             self.home = branch.settle(self.home, {**fields, "filtered": self.filtered}, opened, self.readable)
             stage.provide_stdin(b"")
@@ -175,6 +171,18 @@ class Interpreter:
                 self.socket.send((b"U" if unsafe else b"F") + f"{error}"[:1000].encode(errors="replace"))
             os._exit(125)
 
+    def _take_channel(self, received: list[int]) -> None:
+        """Talk over the new descriptors; the original's are its own."""
+        job, stdout, stderr, report = received
+        received.clear()
+        self.socket.close()
+        os.close(self.report)
+        self.job, self.report = _high(job), _high(report)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=self.job)
+        for target, fd in ((1, stdout), (2, stderr)):
+            os.dup2(fd, target, inheritable=True)
+            os.close(fd)
+
     def _receive_descriptors(self) -> list[int]:
         """Job, stdout, stderr and report of the copy."""
         size = array.array("i").itemsize
@@ -186,6 +194,17 @@ class Interpreter:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(payload[: len(payload) - len(payload) % size])
         return list(fds)
+
+
+def _high(fd: int) -> int:
+    """The same at a number that ordinary code does not reach; where all of them are taken, as it is."""
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+    except OSError:
+        os.set_inheritable(fd, False)
+        return fd
+    os.close(fd)
+    return high
 
 
 def serve(job: int, report: int, settings: dict[str, Any], base_bytes: int, filtered: bool) -> None:
