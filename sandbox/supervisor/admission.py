@@ -1,6 +1,6 @@
 """Who may run now: a bounded number of slots, and a queue that is fair between callers and honest about waiting.
 
-A caller that cannot be served in time is told so at once (`SandboxOverloaded` with `retry_after`) instead of timing out.
+A caller that cannot be served in time is told so at once (`SandboxOverloaded` with `retry_after`), not after a timeout.
 """
 
 from __future__ import annotations
@@ -41,13 +41,19 @@ class Admission:
         ahead = sum(min(len(line), turn) for line in self._owners.values())
         return (ahead + 1) * self.mean_s / self.slots
 
+    def try_acquire(self) -> bool:
+        """Take a slot if one is free and nobody waits."""
+        if self.free > 0 and self.waiting == 0:
+            self.free -= 1
+            return True
+        return False
+
     def _overloaded(self, message: str, wait: float) -> SandboxOverloaded:
         return SandboxOverloaded(message, min(_RETRY_MAX_S, max(_RETRY_MIN_S, wait)))
 
     async def acquire(self, owner: str = "", deadline_s: float | None = None) -> None:
-        """Wait for a slot. Raises `SandboxOverloaded` when the queue is full, or `deadline_s` cannot be or is not met."""
-        if self.free > 0 and self.waiting == 0:
-            self.free -= 1
+        """Wait for a slot. Raises `SandboxOverloaded`: the queue is full, or `deadline_s` cannot be or was not met."""
+        if self.try_acquire():
             return
         wait = self.expected_wait(owner)
         if self.waiting >= self.queue:

@@ -29,13 +29,17 @@ class Pools:
         wanted = profile or self.settings.profile
         return choose(code, self.settings.profiles) if wanted == AUTO else wanted
 
+    def session_name(self, profile: str | None) -> str:
+        """The profile of a session, whose code nobody knows yet: with numpy and sympy, unless another is asked for."""
+        return self.name(profile, "numpy sympy")
+
     def pool(self, name: str) -> Pool:
         """The pool of a profile. Raises `SandboxInfraError` for one that is not installed here; never retryable."""
         if name not in self.settings.profiles:
             known = ", ".join(self.settings.profiles)
             raise SandboxInfraError(f"profile {name!r} is not available here: {known}", "no_profile", retryable=False)
         if name not in self._pools:
-            base = self._uid_base + 2 * list(self.settings.profiles).index(name) * uids_needed(self.settings)
+            base = self._uid_base + self.settings.profiles.index(name) * uids_needed(self.settings)
             settings = dataclasses.replace(self.settings, profile=name)
             self._pools[name] = Pool(settings, self.tier, base, self.counts)
         return self._pools[name]
