@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import os
 import socket
 import time
@@ -105,10 +106,8 @@ class Service:
 
     def cancel_session(self, ident: str) -> None:
         """The caller of a session's running execution has gone away."""
-        try:
+        with contextlib.suppress(SandboxError):
             self.sessions.find(ident).cancel()
-        except SandboxError:
-            pass
 
     @property
     def tier(self) -> str:
@@ -193,9 +192,7 @@ class Service:
         limits = Limits(**request["limits"])
         files = {path: base64.b64decode(data) for path, data in (request.get("files") or {}).items()}
         fetch = tuple(dict.fromkeys(request.get("fetch") or ()))
-        job = Job(
-            request["code"], request["stdin"], request["seed"], limits, files, fetch, bool(request.get("rich"))
-        )
+        job = Job(request["code"], request["stdin"], request["seed"], limits, files, fetch, bool(request.get("rich")))
         refused = _refusal(job) or _refused_files(job)
         if refused:
             inputs = (job.code, job.stdin, str(job.seed), self.settings.profile, Status.REJECTED.value)

@@ -167,8 +167,12 @@ class Interpreter:
             if not future.done():
                 future.set_exception(SessionError("the session has ended: its process has ended", "session_ended"))
 
+        def answered(answer: dict[str, Any], body: bytes) -> None:
+            if not future.done():
+                future.set_result((answer, body))
+
         self.child.exited.add_done_callback(ended)
-        self.send(kind, fields, data, lambda *answer: future.done() or future.set_result(answer), cap)
+        self.send(kind, fields, data, answered, cap)
         try:
             return await future
         finally:

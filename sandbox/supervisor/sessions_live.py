@@ -273,7 +273,9 @@ class LiveSession:
         }
         self.step = step.number
         reply = {"result": result}
-        size = len(stdout) + len(stderr) + len(trace) + 1024 + sum(len(text) for row in display for text in row.values())
+        size = (
+            len(stdout) + len(stderr) + len(trace) + 1024 + sum(len(text) for row in display for text in row.values())
+        )
         self.past.add(step.number, request, reply, size)
         self._admission.count(outcome.status.value)
         self._admission.leave()
@@ -300,7 +302,9 @@ class LiveSession:
         if step is not None:
             if step.started:
                 self._admission.leave()
-            self._reply(step, {"error": encode_error(SessionError(f"the session has ended: {reason}", "session_ended"))})
+            self._reply(
+                step, {"error": encode_error(SessionError(f"the session has ended: {reason}", "session_ended"))}
+            )
         self.on_end(self)
 
     def _forged(self, interpreter: Interpreter) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -89,10 +90,8 @@ async def _ended(child: Child) -> None:
 
 
 async def _quiet(waiting: Awaitable[object]) -> None:
-    try:
+    with contextlib.suppress(SandboxInfraError):
         await waiting
-    except SandboxInfraError:
-        pass
 
 
 def _close_streams(child: Child) -> None:

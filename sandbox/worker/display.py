@@ -112,7 +112,7 @@ def _figures() -> list[dict[str, str]]:
 
 
 def rich_results(shown: list[Any]) -> list[dict[str, str]]:
-    """Representations of the last expression's value and of the figures; an interrupt passes, nothing else is raised."""
+    """Representations of the last expression's value and of the figures; an interrupt passes, no error is raised."""
     results = [found for value in shown if (found := _represent(value))]
     return (results + _figures())[:_DISPLAYS_MAX]
 
@@ -121,7 +121,9 @@ def _only_user_frames(error: traceback.TracebackException, seen: set[int]) -> No
     if id(error) in seen:
         return
     seen.add(id(error))
-    error.stack = traceback.StackSummary.from_list([f for f in error.stack if f.filename == MAIN or f.filename.startswith(_CELL)])
+    error.stack = traceback.StackSummary.from_list(
+        [f for f in error.stack if f.filename == MAIN or f.filename.startswith(_CELL)]
+    )
     for linked in (error.__cause__, error.__context__, *(getattr(error, "exceptions", None) or ())):
         if linked is not None:
             _only_user_frames(linked, seen)

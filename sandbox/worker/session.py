@@ -33,7 +33,7 @@ class Interpreter:
         self.job, self.report, self.filtered = job, report, filtered
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job)
         self.processes = settings["processes"]
-        folder = os.getcwd()
+        folder = os.getcwd()  # noqa: PTH109
         self.home = branch.Home(folder, folder)
         self.readable = branch.readable_paths(folder)
         self.raw = stage.fresh_streams()
