@@ -105,9 +105,16 @@ class Interpreter:
         except BaseException as error:  # an interrupt between two of our own steps
             self.armed = False
             answer["exception"] = describe(error)
-        stage.flush_all(self.stdout)
+        self._flush()
         answer["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return answer
+
+    def _flush(self) -> None:
+        """What was printed through the stream we gave."""
+        try:
+            self.stdout.flush()
+        except BaseException:
+            pass
 
     def _run(self, code: str, rich: bool, answer: dict[str, Any]) -> None:
         shown: list[Any] = []
@@ -121,8 +128,8 @@ class Interpreter:
             reserve = stage.memory_reserve() if isinstance(error, MemoryError) else contextlib.nullcontext()
             with reserve:
                 answer["exception"] = describe(error)
-        finally:
-            stage.flush_all(self.stdout)
+        if sys.stdout is not self.stdout:  # user code's own: it may hang, and be interrupted
+            stage.flush_all(sys.stdout)
 
     def _allow_processes(self, count: int) -> None:
         """Copies of us count against our limit: the supervisor says how many there are."""
