@@ -19,30 +19,37 @@ from typing import Any, Self
 
 from sandbox.link import Link
 from sandbox.local_session import LocalSession
-from sandbox.profiles import PROFILES
+from sandbox.profiles import AUTO, PROFILES, available
 from sandbox.results import decode_error, decode_result
 from sandbox.supervisor.settings import Settings
 from sandbox.tiers import BY_NAME
 from sandbox.types import ExecResult, Limits, SandboxError, SandboxUnavailable, Session, SessionOpening
 
 
-def module_paths(profile: str) -> tuple[str, ...]:
-    """Folders that hold the profile's modules. Raises `SandboxError` when one is missing."""
-    folders = []
-    for name in PROFILES[profile].modules:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise SandboxError(f"profile {profile} needs the module {name}, which is not installed: pip install {name}")
-        folders.append(str(Path(spec.origin).resolve().parent.parent))
+def module_paths(profiles: Sequence[str]) -> tuple[str, ...]:
+    """Folders that hold the modules of the profiles, which must be installed."""
+    names = {name for profile in profiles for name in PROFILES[profile].modules}
+    specs = [importlib.util.find_spec(name) for name in sorted(names)]
+    folders = [str(Path(spec.origin).resolve().parent.parent) for spec in specs if spec and spec.origin]
     return tuple(dict.fromkeys(folders))
+
+
+def check_profile(profile: str, installed: Sequence[str]) -> None:
+    """Raises `ValueError` for an unknown profile, `SandboxError` for one whose modules are missing."""
+    if profile not in (AUTO, *PROFILES):
+        raise ValueError(f"unknown profile {profile!r}: choose from {', '.join((AUTO, *PROFILES))}")
+    if profile != AUTO and profile not in installed:
+        missing = [name for name in PROFILES[profile].modules if importlib.util.find_spec(name) is None]
+        raise SandboxError(f"profile {profile} needs modules that are not installed: pip install {' '.join(missing)}")
 
 
 class LocalSandbox:
     """Runs Python in isolated, forked children of a warm interpreter; see `docs/sandbox.md`.
 
-    `profile`: `py-math` (numpy and sympy imported) or `py-bare`. `limits`: defaults of every run. `workers`: runs at
-    once (default 1.5 per core); the rest wait in order. `tier`: insist on one tier. `allow_unconfined`: when no tier
-    holds here, run without isolation instead of raising `ConfinementUnavailable`.
+    `profile`: the warm interpreter that code runs in: `py-bare` (standard library), `py-math` (numpy and sympy
+    imported), `py-data` (scipy and pandas too), or `auto`, the smallest that has what the code mentions. `limits`:
+    defaults of every run. `workers`: runs at once (default 1.5 per core); the rest wait in order. `tier`: insist on one
+    tier. `allow_unconfined`: when no tier holds here, run without isolation instead of raising `ConfinementUnavailable`.
 
     One instance may be shared by any number of tasks of one event loop. A supervisor that dies raises
     `SandboxUnavailable` in the calls under way; the next call starts a fresh one.
@@ -50,7 +57,7 @@ class LocalSandbox:
 
     def __init__(
         self,
-        profile: str = "py-math",
+        profile: str = AUTO,
         limits: Limits | None = None,
         workers: int | None = None,
         allow_unconfined: bool = False,
@@ -58,8 +65,8 @@ class LocalSandbox:
         max_sessions: int = 512,
         max_snapshots: int = 256,
     ) -> None:
-        if profile not in PROFILES:
-            raise ValueError(f"unknown profile {profile!r}: choose from {', '.join(PROFILES)}")
+        installed = available()
+        check_profile(profile, installed)
         if tier is not None and tier not in BY_NAME:
             raise ValueError(f"unknown tier {tier!r}: choose from {', '.join(BY_NAME)}")
         cores = len(os.sched_getaffinity(0))
@@ -70,7 +77,8 @@ class LocalSandbox:
             tier=tier or "",
             allow_unconfined=allow_unconfined,
             limits=self.limits,
-            module_paths=module_paths(profile),
+            module_paths=module_paths(installed),
+            profiles=installed,
             max_sessions=max_sessions,
             max_snapshots=max_snapshots,
         )
@@ -228,7 +236,9 @@ def _plain_seeds(seeds: Sequence[int] | None) -> list[int] | None:
 
 async def survey(profile: str = "py-bare") -> list[dict[str, Any]]:
     """Attack every tier on this machine: rows of tier, holds, reason, needs. Raises `SandboxError`."""
-    link = Link(Settings(profile=profile, workers=1, survey=True, module_paths=module_paths(profile)))
+    installed = available()
+    paths = module_paths(installed)
+    link = Link(Settings(profile=profile, profiles=installed, workers=1, survey=True, module_paths=paths))
     try:
         hello = await link.open()
         if "error" in hello:

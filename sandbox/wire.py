@@ -63,7 +63,8 @@ UNKNOWN_STATUS = -1
 FAILED = b"f"
 """From either: the request failed; numbers: errno."""
 INIT = b"I"
-"""To the warden: make a process namespace. Answered with the same kind and a pidfd."""
+"""To the warden: make a process namespace. fds: the socket its init will obey (`worker/init.py`). Answered with the
+same kind and the init's pidfd."""
 PURGE = b"P"
 """To the warden: kill everything that runs as a user id. numbers: uid. Answered with the same kind."""
 ADOPT = b"A"

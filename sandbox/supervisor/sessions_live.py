@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sandbox.results import encode_error
+from sandbox.supervisor.admission import Admission as Slots
 from sandbox.supervisor.outcome import Ending, Outcome, digest, judge, oom_kills, parse_display, parse_exception
 from sandbox.supervisor.sessions_interpreter import ANSWER_BYTES, Interpreter, Output
 from sandbox.supervisor.sessions_tree import Tree
@@ -356,17 +357,14 @@ class LiveSession:
 class Admission:
     """Slots for executions: one for each that runs on this machine's cores, shared with one-shot runs."""
 
-    def __init__(self, slots: asyncio.Semaphore, counts: Callable[[str], None]) -> None:
+    def __init__(self, slots: Slots, counts: Callable[[str], None]) -> None:
         self._slots, self.count_one = slots, counts
         self._tasks: set[asyncio.Task[None]] = set()
 
     def enter(self, start: Callable[[], None]) -> bool:
         """True when a slot was free and is now taken; otherwise `start` is called once there is one."""
-        if not self._slots.locked():
-            try:
-                self._slots.acquire().send(None)  # does not wait when it is free
-            except StopIteration:
-                return True
+        if self._slots.try_acquire():
+            return True
         task = asyncio.get_running_loop().create_task(self._later(start))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

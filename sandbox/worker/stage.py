@@ -16,7 +16,7 @@ from sandbox.linux import seccomp
 from sandbox.linux.syscalls import SUPPORTED
 from sandbox.worker.display import MAIN
 
-_CPU_LIMIT_LOCK = seccomp.build_cpu_limit_lock() if SUPPORTED else b""
+CPU_LIMIT_LOCK = seccomp.build_cpu_limit_lock() if SUPPORTED else b""
 _MIB = 1024 * 1024
 _RESERVE = 32 * _MIB  # address space kept back so that a MemoryError can still be described
 
@@ -101,7 +101,7 @@ def apply_limits(settings: dict[str, Any], base_bytes: int, filtered: bool) -> N
         used = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
         lower(resource.RLIMIT_CPU, used + settings["cpu_s"], used + settings["cpu_s"] + 1)
     if filtered:
-        seccomp.install(_CPU_LIMIT_LOCK)
+        seccomp.install(CPU_LIMIT_LOCK)
 
 
 @contextlib.contextmanager
