@@ -11,9 +11,10 @@ from sandbox.types import SandboxProtocolError
 from sandbox.wire import MAX_FRAME, pack_frame
 
 _SIZE = 4
+_CHUNK = 64 * 1024
 
 
-class FrameProtocol(asyncio.Protocol):
+class FrameProtocol(asyncio.BufferedProtocol):
     """Calls `on_message` for every frame and `on_end` once, with a reason (empty for an orderly end).
 
     While the other side does not read what is sent, nothing more of it is read: memory stays bounded.
@@ -21,7 +22,8 @@ class FrameProtocol(asyncio.Protocol):
 
     def __init__(self, on_message: Callable[[dict[str, Any]], None], on_end: Callable[[str], None]) -> None:
         self._on_message, self._on_end = on_message, on_end
-        self._buffer = bytearray()
+        self._space = memoryview(bytearray(_CHUNK))  # received into; a fresh buffer for every read costs more
+        self._rest = bytearray()
         self._reason = ""
         self.transport: asyncio.Transport | None = None
 
@@ -44,15 +46,21 @@ class FrameProtocol(asyncio.Protocol):
         if self.transport is not None and not self.transport.is_closing():
             self.transport.resume_reading()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
         """asyncio's."""
-        buffer = self._buffer
-        if buffer:
-            buffer += data
-            data = bytes(buffer) if len(buffer) >= self._wanted(buffer) else b""
-            if not data:
+        return self._space
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """asyncio's."""
+        rest = self._rest
+        if rest:
+            rest += self._space[:nbytes]
+            if len(rest) < self._wanted(rest):
                 return
-            buffer.clear()
+            data = bytes(rest)
+            rest.clear()
+        else:
+            data = bytes(self._space[:nbytes])
         offset = 0
         while len(data) - offset >= _SIZE:
             size = int.from_bytes(data[offset : offset + _SIZE], "big")
@@ -68,7 +76,7 @@ class FrameProtocol(asyncio.Protocol):
                 return self._fail(f"frame holds {type(message).__name__}, not an object")
             offset += _SIZE + size
             self._on_message(message)
-        buffer += data[offset:]
+        rest += data[offset:]
 
     @staticmethod
     def _wanted(buffer: bytearray) -> int:

@@ -18,11 +18,12 @@ from sandbox.types import SandboxProtocolError
 MAX_FRAME = 64 * 1024 * 1024
 """Bytes of the largest message between client and supervisor."""
 _HEADER = struct.Struct("!I")
+_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 def pack_frame(message: dict[str, Any]) -> bytes:
     """A message as length and JSON. Lone surrogates survive. Raises `SandboxProtocolError` when too large."""
-    body = json.dumps(message, separators=(",", ":")).encode("ascii")
+    body = _JSON.encode(message).encode("ascii")
     if len(body) > MAX_FRAME:
         raise SandboxProtocolError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
     return _HEADER.pack(len(body)) + body

@@ -123,26 +123,19 @@ def build_cpu_limit_lock() -> bytes:
     return b"".join(_instruction(*step) for step in program)
 
 
-def build_no_sigkill() -> bytes:
-    """For a session before its first copy is made: nobody in the tree sends SIGKILL any more, to anyone.
+def build_tree_lock() -> bytes:
+    """For a session before its first copy is made; copies inherit it. Nobody in the tree sends SIGKILL any more, and
+    limits and processors are changed for oneself only.
 
-    A copy that was killed by its parent would look like our machine's fault.
+    A copy that was killed by its original would look like our machine's fault.
     """
     program: Rule = [
         (_LD, 0, 0, 0),
         *((_JEQ, 0, 3, SPECIAL[MACHINE]["kill"]), _arg(1), (_JEQ, 0, 1, _SIGKILL), (_RET, 0, 0, _DENY)),
-        (_RET, 0, 0, _ALLOW),
     ]
-    return b"".join(_instruction(*step) for step in program)
-
-
-def build_self_only(pid: int) -> bytes:
-    """For a copy that calls itself `pid`: limits and processors of nobody else, its original above all."""
-    own = _returns_if_equal((0, pid), _ALLOW)
-    program: Rule = [(_LD, 0, 0, 0)]
     for name in ("prlimit64", "sched_setaffinity"):
-        rule: Rule = [_arg(0), *own, (_RET, 0, 0, _DENY)]
-        program += [(_JEQ, 0, len(rule), SPECIAL[MACHINE][name]), *rule]
+        rule: Rule = [(_LD, 0, 0, 0), (_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(0)]
+        program += [*rule, (_JEQ, 0, 1, 0), (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY)]
     program.append((_RET, 0, 0, _ALLOW))
     return b"".join(_instruction(*step) for step in program)
 

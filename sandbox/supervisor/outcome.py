@@ -133,8 +133,5 @@ def oom_kills() -> int:
 
 def digest(*parts: str) -> str:
     """SHA-256 over length-prefixed parts, so that no two different runs share the bytes."""
-    state = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        state.update(len(data).to_bytes(8, "big") + data)
-    return state.hexdigest()
+    encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
+    return hashlib.sha256(b"".join([len(data).to_bytes(8, "big") + data for data in encoded])).hexdigest()

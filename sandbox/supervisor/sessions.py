@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import secrets
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sandbox.supervisor.outcome import digest
+from sandbox.supervisor.run import neighbours
 from sandbox.supervisor.sessions_fork import MAX_DEPTH, copy, raise_error
 from sandbox.supervisor.sessions_interpreter import Interpreter, pid_of
 from sandbox.supervisor.sessions_live import Admission, LiveSession, Past, Reply, Request
@@ -20,6 +22,7 @@ from sandbox.supervisor.sessions_tree import MAX_MEMBERS, Tree
 from sandbox.supervisor.unit import Child, Unit
 from sandbox.types import ExecResult, Limits, SandboxError, SandboxInfraError, SessionError, Status
 from sandbox.worker import channel
+from sandbox.worker.runner import JOB_HEADER
 
 Take = Callable[[str], Awaitable[tuple[Unit, Child, Callable[[bool], None]]]]
 """A ready child of a profile, and what to call when it and all its copies have ended (with whether it is clean)."""
@@ -45,7 +48,8 @@ class Snapshot:
     ttl_s: float
     forks: int = 0
     expires: float = 0.0
-    busy: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while it is copied: one copy at a time."""
 
 
 def derive(seed: int, index: int) -> int:
@@ -102,8 +106,6 @@ class Sessions:
 
     def _begin(self, interpreter: Interpreter, limits: Limits, seed: int, unit: Unit) -> None:
         """Send the job that makes the child a session."""
-        from sandbox.supervisor.run import JOB_HEADER, neighbours
-
         settings = {
             "mode": "session",
             "memory_mb": limits.memory_mb,
@@ -256,7 +258,9 @@ class Sessions:
         self._snapshots[snapshot.id] = snapshot
         interpreter.child.exited.add_done_callback(lambda _: self._forget(snapshot, "its process has ended"))
         while len(self._snapshots) > self.max_snapshots:
-            oldest = next((row for row in self._snapshots.values() if not row.busy and row is not snapshot), None)
+            oldest = next(
+                (row for row in self._snapshots.values() if not row.lock.locked() and row is not snapshot), None
+            )
             if oldest is None:
                 break
             self._counts["snapshots_evicted"] += 1
@@ -281,7 +285,10 @@ class Sessions:
         self._can_copy(snapshot.tree, snapshot.depth + (not same), 1)
         session.claim()
         try:
-            interpreter = await self._copy_of(snapshot, None, layer=not same)
+            async with self._using(snapshot):
+                interpreter = await copy(snapshot.interpreter, snapshot.tree, None, layer=not same)
+            if session.ended:
+                self._spawn(session.tree.release(interpreter))
             session.check()
         finally:
             session.claimed = False
@@ -292,40 +299,25 @@ class Sessions:
             session.depth, session.domain = snapshot.depth + 1, snapshot.tree.next_domain()
         await session.tree.release(old)
 
-    async def _copy_of(self, snapshot: Snapshot, seed: int | None, layer: bool) -> Interpreter:
-        await self._wait_for(snapshot)
-        snapshot.busy = True
-        try:
-            return await copy(snapshot.interpreter, snapshot.tree, seed, layer)
-        except SessionError as error:
-            if error.code == "session_ended":
+    @contextlib.asynccontextmanager
+    async def _using(self, snapshot: Snapshot) -> AsyncIterator[None]:
+        async with snapshot.lock:
+            self.find_snapshot(snapshot.id)  # it may have been dropped meanwhile
+            try:
+                yield
+            except SessionError as error:
+                if error.code != "session_ended":
+                    raise
                 self._forget(snapshot, "its process has ended")
                 raise SessionError("there is no such snapshot: its process has ended", "no_snapshot") from None
-            raise
-        finally:
-            snapshot.busy = False
-
-    async def _wait_for(self, snapshot: Snapshot) -> None:
-        """One copy at a time."""
-        while snapshot.busy:
-            await asyncio.sleep(0.001)
 
     async def restore_new(
         self, snapshot: Snapshot, count: int, seeds: Sequence[int] | None, ttl_s: float
     ) -> list[LiveSession]:
         """New sessions from a snapshot."""
         self._can_copy(snapshot.tree, snapshot.depth + 1, count)
-        await self._wait_for(snapshot)
-        snapshot.busy = True
-        try:
+        async with self._using(snapshot):
             return await self._multiply(snapshot, count, seeds, snapshot.tree.limits, ttl_s)
-        except SessionError as error:
-            if error.code == "session_ended":
-                self._forget(snapshot, "its process has ended")
-                raise SessionError("there is no such snapshot: its process has ended", "no_snapshot") from None
-            raise
-        finally:
-            snapshot.busy = False
 
     def drop_snapshot(self, ident: str) -> None:
         """Forget a snapshot."""
@@ -377,7 +369,7 @@ class Sessions:
                 session.end(f"its lease of {session.ttl_s:g} s expired")
             for ident in [row.id for row in self._ended.values() if row.expires < now]:
                 del self._ended[ident]
-            for snapshot in [row for row in self._snapshots.values() if row.expires < now and not row.busy]:
+            for snapshot in [row for row in self._snapshots.values() if row.expires < now and not row.lock.locked()]:
                 self._forget(snapshot, f"its lease of {snapshot.ttl_s:g} s expired")
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:

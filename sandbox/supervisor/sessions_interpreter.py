@@ -1,4 +1,7 @@
-"""The supervisor's end of one live interpreter: commands out, answers in, output kept. Readers stay for its whole life.
+"""The supervisor's end of one live interpreter: commands out, answers in, output kept.
+
+The reader of answers stays for its whole life. Output is read when an execution ends, and while it goes on only if it
+lasts: most end before a reader would have been worth its registration.
 
 Nothing that comes back is trusted: sizes are capped, an answer counts only when its number is the one that is awaited.
 """
@@ -25,9 +28,8 @@ Answer = Callable[[dict[str, Any], bytes], None]
 
 ANSWER_BYTES = 512 * 1024
 """Largest ordinary answer."""
-_IDLE = Limits(output_head_bytes=64 * 1024, output_tail_bytes=0, output_kill_bytes=64 * 1024)
 _PROCESS_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
-_CHUNK = 1 << 16
+_CHUNK = 32 * 1024
 _DRAIN_READS = 256
 
 
@@ -45,18 +47,20 @@ class Output:
         return self.stdout.total + self.stderr.total > self.cap
 
 
+_NOTHING = Output(Limits())
+
+
 class Interpreter:
-    """`on_exit` is called once, when the process has ended; `on_flood` when an execution prints more than its cap;
-    `on_nonsense` when what it reports is no frame."""
+    """`on_flood` is called when an execution prints more than its cap, `on_nonsense` when its report is no frame."""
 
     def __init__(self, child: Child, pid: int) -> None:
         self.child, self.pid = child, pid
         self.clock = (~pid << 3) | 2  # the kernel's number for the CPU clock of that process
-        self.output = Output(_IDLE)
+        self.output = _NOTHING
         self.on_flood: Callable[[], None] | None = None
         self.on_nonsense: Callable[[], None] | None = None
-        self._streams = {child.stdout: "stdout", child.stderr: "stderr"}
-        self._paused: set[int] = set()
+        self._outputs = (child.stdout, child.stderr)
+        self._listening = False
         self._closed: set[int] = set()
         self._number = 0
         self._answer: Answer | None = None
@@ -64,8 +68,6 @@ class Interpreter:
         self._buffer = bytearray()
         self._unsent = b""
         self._loop = asyncio.get_running_loop()
-        for fd in self._streams:
-            self._loop.add_reader(fd, self._read_output, fd)
         self._loop.add_reader(child.report, self._read_report)
 
     # --- output ---------------------------------------------------------------------------------------------------
@@ -84,35 +86,33 @@ class Interpreter:
             return False
         output = self.output
         (output.stdout if fd == self.child.stdout else output.stderr).feed(data)
-        if output.flooded:
-            if self.on_flood is not None:
-                self.on_flood()
-            else:  # nothing runs, yet a thread prints: let it wait for the next execution
-                self._loop.remove_reader(fd)
-                self._paused.add(fd)
+        if self.on_flood is not None and output.flooded:
+            self.on_flood()
         return True
 
-    def _drain(self) -> None:
-        for fd in self._streams:
-            if fd not in self._closed and fd not in self._paused:
-                for _ in range(_DRAIN_READS):
-                    if not self._read_output(fd):
-                        break
-
     def begin(self, limits: Limits, on_flood: Callable[[], None]) -> None:
-        """From here on output belongs to a new execution, whatever was printed since the last one included."""
-        idle, self.output, self.on_flood = self.output, Output(limits), on_flood
-        for old, new in ((idle.stdout, self.output.stdout), (idle.stderr, self.output.stderr)):
-            if old.total:
-                new.feed(bytes(old.head))
-        for fd in self._paused:
-            self._loop.add_reader(fd, self._read_output, fd)
-        self._paused.clear()
+        """From here on output belongs to a new execution: what a thread has printed since the last one, too."""
+        self.output, self.on_flood = Output(limits), on_flood
+
+    def listen(self) -> None:
+        """Read output while the execution goes on: it has lasted longer than most. Its pipe could become full."""
+        if not self._listening:
+            self._listening = True
+            for fd in self._outputs:
+                if fd not in self._closed:
+                    self._loop.add_reader(fd, self._read_output, fd)
 
     def finish(self) -> Output:
         """The output of the execution that has ended, to the last byte that is in the pipes."""
-        self._drain()
-        output, self.output, self.on_flood = self.output, Output(_IDLE), None
+        for fd in self._outputs:
+            if self._listening:
+                self._loop.remove_reader(fd)
+            if fd not in self._closed:
+                for _ in range(_DRAIN_READS):
+                    if not self._read_output(fd):
+                        break
+        self._listening = False
+        output, self.output, self.on_flood = self.output, _NOTHING, None
         return output
 
     # --- commands and answers -------------------------------------------------------------------------------------
@@ -167,8 +167,12 @@ class Interpreter:
             if not future.done():
                 future.set_exception(SessionError("the session has ended: its process has ended", "session_ended"))
 
+        def answered(answer: dict[str, Any], body: bytes) -> None:
+            if not future.done():
+                future.set_result((answer, body))
+
         self.child.exited.add_done_callback(ended)
-        self.send(kind, fields, data, lambda *answer: future.done() or future.set_result(answer), cap)
+        self.send(kind, fields, data, answered, cap)
         try:
             return await future
         finally:
@@ -180,7 +184,7 @@ class Interpreter:
 
     def _read_report(self) -> None:
         try:
-            data = os.read(self.child.report, 1 << 18)
+            data = os.read(self.child.report, _CHUNK)
         except BlockingIOError:
             return
         except OSError:

@@ -20,6 +20,8 @@ from sandbox.worker import channel
 from sandbox.worker.display import DISPLAY_BYTES
 
 Reply = dict[str, Any]
+LISTEN_S = 0.004
+"""An execution that lasts longer has its output read while it runs."""
 TICK_S = 0.05
 GRACE_S = 0.5
 """From the interrupt to the kill."""
@@ -177,7 +179,7 @@ class LiveSession:
         if self.tree.processes != self._processes:
             self._processes = fields["processes"] = self.tree.processes
         loop = asyncio.get_running_loop()
-        step.timer = loop.call_later(min(TICK_S, request.limits.wall_s), self._tick, step)
+        step.timer = loop.call_later(min(LISTEN_S, request.limits.wall_s), self._tick, step)
         cap = ANSWER_BYTES + (DISPLAY_BYTES if request.rich else 0)
         data = request.code.encode() + stdin
         interpreter.send(channel.EXEC, fields or None, data, lambda *said: self._answered(step, now, *said), cap)
@@ -186,6 +188,7 @@ class LiveSession:
         """Clocks are ours: wall, CPU, and the time an interrupt is given to work."""
         if self.running is not step:
             return
+        self.interpreter.listen()
         now, limits = time.monotonic(), step.request.limits
         if step.stopping is None:
             if now - step.started >= limits.wall_s:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 
 from sandbox.supervisor.sessions_interpreter import Interpreter
 from sandbox.supervisor.unit import Child, Unit
@@ -89,10 +89,8 @@ async def _ended(child: Child) -> None:
 
 
 async def _quiet(waiting: Awaitable[object]) -> None:
-    try:
+    with contextlib.suppress(SandboxInfraError):
         await waiting
-    except SandboxInfraError:
-        pass
 
 
 def _close_streams(child: Child) -> None:
@@ -105,21 +103,27 @@ def _close_streams(child: Child) -> None:
 
 def owner_and_parent(pid: int) -> tuple[int, int]:
     """Real user id and parent of a process, as the kernel says. Raises `OSError`."""
-    user = parent = -1
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("PPid:"):
-            parent = int(line.split()[1])
-        elif line.startswith("Uid:"):
-            user = int(line.split()[1])
-    return user, parent
+    status = _status(pid)
+    return _field(status, b"\nUid:"), _field(status, b"\nPPid:")
 
 
 def threads(pid: int) -> int:
     """Threads of a process. Raises `OSError`."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("Threads:"):
-            return int(line.split()[1])
-    raise ProcessLookupError(f"process {pid} does not say how many threads it has")
+    return _field(_status(pid), b"\nThreads:")
+
+
+def _status(pid: int) -> bytes:
+    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 8192)
+    finally:
+        os.close(fd)
+
+
+def _field(status: bytes, name: bytes) -> int:
+    """The first number of a line. Process names cannot hold a line break: the kernel escapes them."""
+    start = status.index(name) + len(name)
+    return int(status[start : status.index(b"\n", start)].split()[0])
 
 
 def _namespace(pid: int) -> str:

@@ -1,4 +1,4 @@
-"""Session requests as they come over the wire: `op` and fields in, a reply out. Validated here, done in `sessions.py`."""
+"""Session requests as they come over the wire: fields in, a reply out. Validated here, done in `sessions.py`."""
 
 from __future__ import annotations
 
@@ -140,12 +140,12 @@ class SessionRequests:
         session = self.sessions.find(message["session"])
         answer, _ = await self.sessions.command(session, channel.LIST, {}, b"", _FILE_ANSWER)
         rows = answer.get("files")
-        good = [
-            [row[0], row[1]]
-            for row in (rows if isinstance(rows, list) else [])
-            if isinstance(row, list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], int)
-        ]
-        return {"files": sorted(row for row in good if not paths.refusal(row[0]))[: paths.MAX_ENTRIES]}
+        good: list[tuple[str, int]] = []
+        for row in rows if isinstance(rows, list) else []:
+            match row:
+                case [str(path), int(size)] if not paths.refusal(path):
+                    good.append((path, size))
+        return {"files": sorted(good)[: paths.MAX_ENTRIES]}
 
     # --- copies ---------------------------------------------------------------------------------------------------
 

@@ -19,8 +19,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from sandbox.linux import landlock, seccomp
+from sandbox.linux import landlock
 from sandbox.linux import syscalls as sys_
+from sandbox.linux.numbers import SPECIAL
 from sandbox.paths import BRANCHES
 from sandbox.worker import root, stage
 from sandbox.worker.files import FileError, walk
@@ -53,7 +54,7 @@ def clone_sibling() -> int:
         flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
     tid, none = ctypes.c_void_p(_TID_ADDRESS), ctypes.c_void_p(0)
     last = (tid, none) if sys_.MACHINE == "x86_64" else (none, tid)
-    number = ctypes.c_long(seccomp.SPECIAL[sys_.MACHINE]["clone"])
+    number = ctypes.c_long(SPECIAL[sys_.MACHINE]["clone"])
     arguments = (number, ctypes.c_long(flags), none, none, *last)
     call, error = _HELD.syscall, ctypes.get_errno
     ctypes.pythonapi.PyOS_BeforeFork()
@@ -90,7 +91,7 @@ def _open_descriptors(ours: Iterable[int]) -> list[int]:
 
 
 def check(ours: Iterable[int]) -> list[tuple[int, int, int]]:
-    """Whether a copy could be a session: (descriptor, device, inode) of the files to be opened anew. Raises `Unsafe`."""
+    """Whether a copy could be a session: (descriptor, device, inode) of files to be opened anew. Raises `Unsafe`."""
     try:
         ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -112,7 +113,9 @@ def check(ours: Iterable[int]) -> list[tuple[int, int, int]]:
 
 def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
     """Copy the files of `old` into the new folder `new`; (device, inode) -> path. Raises `Unsafe`, `OSError`."""
-    os.makedirs(new, 0o700)  # noqa: PTH103
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(os.path.dirname(new), 0o700)  # noqa: PTH102, PTH120
+    os.mkdir(new, 0o700)  # noqa: PTH102
     total = count = 0
     paths: dict[tuple[int, int], str] = {}
     base = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -121,9 +124,9 @@ def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
             count += 1
             target = f"{new}/{path}"
             if stat.S_ISDIR(found.st_mode):
-                os.mkdir(target, 0o700)
+                os.mkdir(target, 0o700)  # noqa: PTH102
             elif stat.S_ISLNK(found.st_mode):
-                os.symlink(os.readlink(name, dir_fd=folder), target)
+                os.symlink(os.readlink(name, dir_fd=folder), target)  # noqa: PTH211
             elif stat.S_ISREG(found.st_mode):
                 total += found.st_blocks * 512
                 if total <= cap:
@@ -177,7 +180,8 @@ def readable_paths(workdir: str) -> list[str]:
     candidates = [*root.SYSTEM_PATHS, *root.ETC_FILES, "/etc", "/proc", "/dev", *prefixes]
     real = {os.path.realpath(path) for path in candidates if path}
     ours = ("/", workdir)
-    return sorted(p for p in real if p not in ours and not workdir.startswith(p + "/") and os.path.exists(p))  # noqa: PTH110
+    found = [p for p in real if p not in ours and not workdir.startswith(p + "/") and os.path.exists(p)]  # noqa: PTH110
+    return sorted(p for p in found if not any(p.startswith(other + "/") for other in found))
 
 
 def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]], readable: list[str]) -> Home:
@@ -188,24 +192,22 @@ def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]]
     folder = f"{home.domain}/{BRANCHES}/{fields['folder']}"
     paths = copy_folder(home.folder, folder, COPY_BYTES)
     _reopen(files, paths)
-    inside = os.getcwd()
+    inside = os.getcwd()  # noqa: PTH109
     if inside.startswith(home.folder):
         with contextlib.suppress(OSError):
             os.chdir(folder + inside[len(home.folder) :])
-    if not os.getcwd().startswith(folder):
+    if not os.getcwd().startswith(folder):  # noqa: PTH109
         os.chdir(folder)
     os.environ.update(HOME=folder, TMPDIR=folder, PWD=folder)
     tempfile = sys.modules.get("tempfile")
     if tempfile is not None:
-        tempfile.tempdir = None
+        tempfile.__dict__["tempdir"] = None  # found anew, from TMPDIR
     if fields["layer"]:
         if landlock.abi():
             landlock.restrict_self(landlock.build(readable, [folder], root.DEVICES))
         home = Home(folder, folder)
     else:
         home = Home(folder, home.domain)
-    if fields["filtered"]:
-        seccomp.install(seccomp.build_self_only(os.getpid()))
     if fields["seed"] is not None:
         stage.seed_all(fields["seed"])
     return home

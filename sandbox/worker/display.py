@@ -112,7 +112,7 @@ def _figures() -> list[dict[str, str]]:
 
 
 def rich_results(shown: list[Any]) -> list[dict[str, str]]:
-    """Representations of the last expression's value and of the figures; an interrupt passes, nothing else is raised."""
+    """Representations of the last expression's value and of the figures; an interrupt passes, no error is raised."""
     results = [found for value in shown if (found := _represent(value))]
     return (results + _figures())[:_DISPLAYS_MAX]
 

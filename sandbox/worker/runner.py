@@ -67,7 +67,7 @@ def _receive_files(fd: int, table: list[tuple[str, int]]) -> str:
     for path, size in table:
         data = channel.read_exactly(fd, size)
         try:
-            files.write(os.getcwd(), path, data)
+            files.write(".", path, data)
         except files.FileError as error:
             failed = failed or str(error)
     return failed
@@ -95,9 +95,9 @@ def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
     settings, code, stdin = read_job(job_fd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.enable()
-    stage.provide_stdin(stdin)
     if settings.get("mode") == "session":
         session.serve(job_fd, report_fd, settings, base_bytes, filtered)
+    stage.provide_stdin(stdin)
     report: dict[str, Any] = {}
     unwritten = _receive_files(job_fd, settings.get("files", []))
     os.close(job_fd)
@@ -106,7 +106,7 @@ def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
     names = stage.main_module()
     stage.seed_all(settings["seed"])
     stage.apply_limits(settings, base_bytes, filtered)
-    folder = os.getcwd()
+    folder = os.getcwd()  # noqa: PTH109
     shown: list[Any] = []
     status = 0
     if unwritten:

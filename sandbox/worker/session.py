@@ -22,7 +22,7 @@ from sandbox.linux.syscalls import SUPPORTED
 from sandbox.worker import branch, channel, files, stage
 from sandbox.worker.display import cell_name, describe, rich_results, run_source
 
-_NO_SIGKILL = seccomp.build_no_sigkill() if SUPPORTED else b""
+_TREE_LOCK = seccomp.build_tree_lock() if SUPPORTED else b""
 _HIGH = 250  # below the limit of descriptors, 256
 
 
@@ -33,7 +33,7 @@ class Interpreter:
         self.job, self.report, self.filtered = job, report, filtered
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job)
         self.processes = settings["processes"]
-        folder = os.getcwd()
+        folder = os.getcwd()  # noqa: PTH109
         self.home = branch.Home(folder, folder)
         self.readable = branch.readable_paths(folder)
         self.raw = stage.fresh_streams()
@@ -89,9 +89,7 @@ class Interpreter:
         stdin_size = fields.get("stdin_size", 0)
         code = data[: len(data) - stdin_size]
         if stdin_size or self.fed:
-            stage.provide_stdin(data[len(code) :])
-            stage.open_stdin()
-            self.fed = bool(stdin_size)
+            self._feed(data[len(code) :])
         if "processes" in fields:
             self._allow_processes(fields["processes"])
         self.number += 1
@@ -105,9 +103,23 @@ class Interpreter:
         except BaseException as error:  # an interrupt between two of our own steps
             self.armed = False
             answer["exception"] = describe(error)
-        stage.flush_all(self.stdout)
+        self._flush()
         answer["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return answer
+
+    def _feed(self, stdin: bytes) -> None:
+        """Standard input of the next cell."""
+        if stdin:
+            stage.provide_stdin(stdin)
+        else:
+            stage.no_stdin()
+        stage.open_stdin()
+        self.fed = bool(stdin)
+
+    def _flush(self) -> None:
+        """What was printed through the stream we gave."""
+        with contextlib.suppress(BaseException):
+            self.stdout.flush()
 
     def _run(self, code: str, rich: bool, answer: dict[str, Any]) -> None:
         shown: list[Any] = []
@@ -121,8 +133,8 @@ class Interpreter:
             reserve = stage.memory_reserve() if isinstance(error, MemoryError) else contextlib.nullcontext()
             with reserve:
                 answer["exception"] = describe(error)
-        finally:
-            stage.flush_all(self.stdout)
+        if sys.stdout is not self.stdout:  # user code's own: it may hang, and be interrupted
+            stage.flush_all(sys.stdout)
 
     def _allow_processes(self, count: int) -> None:
         """Copies of us count against our limit: the supervisor says how many there are."""
@@ -136,7 +148,7 @@ class Interpreter:
         try:
             opened = branch.check((self.job, self.report, *received))
             if self.may_kill and self.filtered:
-                seccomp.install(_NO_SIGKILL)
+                seccomp.install(_TREE_LOCK)
                 self.may_kill = False
             self._allow_processes(fields["processes"])
             states = branch.random_states() if fields["seed"] is None else None
@@ -155,10 +167,9 @@ class Interpreter:
         try:
             self._take_channel(received)
             os.setsid()
-            self.home = branch.settle(self.home, {**fields, "filtered": self.filtered}, opened, self.readable)
-            stage.provide_stdin(b"")
-            stage.open_stdin()
-            self.fed = False
+            self.home = branch.settle(self.home, fields, opened, self.readable)
+            if self.fed:
+                self._feed(b"")
             if states is not None:
                 branch.set_random_states(states)
             if self.asleep:

@@ -42,6 +42,13 @@ def provide_stdin(data: bytes) -> None:
     os.close(fd)
 
 
+def no_stdin() -> None:
+    """Standard input is at its end."""
+    fd = os.open("/dev/null", os.O_RDONLY)
+    os.dup2(fd, 0)
+    os.close(fd)
+
+
 def open_stdin() -> None:
     """`sys.stdin` over descriptor 0, from its beginning."""
     sys.stdin = open(0, encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115
