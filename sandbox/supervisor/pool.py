@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections import Counter, deque
 
+from sandbox.supervisor import folders
 from sandbox.supervisor.settings import Settings
 from sandbox.supervisor.unit import Child, Unit, UnitFailed
 from sandbox.tiers import Tier
@@ -26,6 +27,8 @@ class Pool:
         self.uid_base = uid_base
         self._free_uids = deque(range(uid_base, uid_base + uids_needed(settings.workers), 2))
         self._ready: deque[Child] = deque()
+        self._uid_freed = asyncio.Event()
+        self._clearing: set[asyncio.Task[None]] = set()
         self._unit: Unit | None = None
         self._starting = asyncio.Lock()
         self._refilling: asyncio.Task[None] | None = None
@@ -65,13 +68,19 @@ class Pool:
 
     async def _spawn(self, unit: Unit) -> Child:
         async with self._spawn_slots:
-            uid = self._free_uids.popleft() if self.tier.own_uid else 0
+            uid = await self._take_uid() if self.tier.own_uid else 0
             try:
                 return await unit.spawn(uid)
             except BaseException:
                 if uid:
                     self._free_uids.append(uid)
                 raise
+
+    async def _take_uid(self) -> int:
+        while not self._free_uids:  # all others wait for their files to be removed
+            self._uid_freed.clear()
+            await self._uid_freed.wait()
+        return self._free_uids.popleft()
 
     def refill(self) -> None:
         """Make ready children in the background."""
@@ -96,12 +105,28 @@ class Pool:
         self.recycle(unit, child, clean=True)
 
     def recycle(self, unit: Unit, child: Child, clean: bool) -> None:
-        """After a run: forget its files and give its user id back, unless something of it is still alive."""
-        unit.forget(child)
+        """After a run: remove its files and give its user id back, unless something of it is still alive."""
         if not clean:
             self.counts["leaked"] += 1
-        elif child.uid:
-            self._free_uids.append(child.uid)
+            return
+        folder = unit.folder(child)
+        if not folder or folders.remove_empty(folder):
+            self._release(child.uid)
+        else:  # however much it wrote, nobody waits for the removal
+            task = asyncio.get_running_loop().create_task(self._clear(folder, child.uid))
+            self._clearing.add(task)
+            task.add_done_callback(self._clearing.discard)
+
+    async def _clear(self, folder: str, uid: int) -> None:
+        if await asyncio.to_thread(folders.remove, folder, uid):
+            self._release(uid)
+        else:
+            self.counts["leaked"] += 1
+
+    def _release(self, uid: int) -> None:
+        if uid:
+            self._free_uids.append(uid)
+            self._uid_freed.set()
 
     def describe(self) -> dict[str, int]:
         """Processes and ready children, for `stats`."""
@@ -118,6 +143,7 @@ class Pool:
         if self._refilling is not None:
             self._refilling.cancel()
             await asyncio.gather(self._refilling, return_exceptions=True)
+        await asyncio.gather(*self._clearing, return_exceptions=True)
         if self._unit is not None:
             await self._unit.stop()
         for child in self._ready:

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox import wire
+from sandbox.supervisor import folders
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
 from sandbox.types import SandboxInfraError
@@ -237,7 +237,8 @@ class Unit:
             await self._await_ready(child)
         except BaseException:
             await self.destroy(child)
-            self.forget(child)
+            if folder := self.folder(child):
+                await asyncio.to_thread(folders.remove, folder, uid)
             raise
         for fd in (child.stdout, child.stderr, child.report, child.job):
             os.set_blocking(fd, False)
@@ -284,10 +285,9 @@ class Unit:
         finally:
             child.close()
 
-    def forget(self, child: Child) -> None:
-        """Remove the files of a child whose processes are dead."""
-        if not self.tier.namespaces:
-            _remove(f"{self.settings.work_root}/{child.ident}")
+    def folder(self, child: Child) -> str:
+        """The work folder that a child leaves behind; empty in `ns`, where it goes with the namespace."""
+        return "" if self.tier.namespaces else f"{self.settings.work_root}/{child.ident}"
 
     async def stop(self) -> None:
         """End the unit; returns when the warden has gone, which takes everything else with it."""
@@ -331,13 +331,3 @@ async def _read_some(fd: int) -> bytes:
         return os.read(fd, 4096)
     finally:
         loop.remove_reader(fd)
-
-
-def _remove(path: str) -> None:
-    """Remove a work folder. Its processes are dead; `rmtree` never follows links, and `rm` handles any depth."""
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-    except (OSError, RecursionError):
-        subprocess.run(["rm", "-rf", "--", path], check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
