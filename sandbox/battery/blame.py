@@ -149,9 +149,21 @@ ATTACKS = (
     Attack("be killed by a child", "own", _CHILD_KILLS, tiers={"self": ("ok", "error")}),
     Attack("other ways to a SIGKILL", "own", _TIMERS, expect=("ok", "cpu_limit")),
     Attack("forge a report, then exit", "#68", _FORGE, ("exit",), control=Control.NONE, why=_NONE, plain=True),
-    Attack("forge a success, then raise", "#68", _FORGE_OK, ("error", "exit"), control=Control.NONE, why=_NONE, plain=True),
+    Attack(
+        "forge a success, then raise", "#68", _FORGE_OK, ("error", "exit"), control=Control.NONE, why=_NONE, plain=True
+    ),
     Attack("garbage as report", "#68", _GARBAGE, ("exit",), control=Control.NONE, why=_NONE, plain=True),
-    Attack("flood the report", "own", _FLOOD, ("output_limit",), control=Control.NONE, why=_NONE, limits=LIMITS, plain=True),
+    Attack(
+        "flood the report", "own", _FLOOD, ("output_limit",), control=Control.NONE, why=_NONE, limits=LIMITS, plain=True
+    ),
     Attack("close every descriptor", "own", _CLOSE, ("ok",), control=Control.NONE, why=_NONE, plain=True),
-    Attack("replace the report by a pipe", "own", _SWAP, ("exit", "error", "timeout"), control=Control.NONE, why=_NONE, plain=True),
+    Attack(
+        "replace the report by a pipe",
+        "own",
+        _SWAP,
+        ("exit", "error", "timeout"),
+        control=Control.NONE,
+        why=_NONE,
+        plain=True,
+    ),
 )

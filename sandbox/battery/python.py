@@ -125,7 +125,13 @@ type("X", (), {"__repr__": lambda self: "\\x00\\ud800" * 1000})()
 
 
 def _self(
-    name: str, origin: str, code: str, *expect: str, says: str = "", control: Control = Control.NONE, short: bool = False
+    name: str,
+    origin: str,
+    code: str,
+    *expect: str,
+    says: str = "",
+    control: Control = Control.NONE,
+    short: bool = False,
 ) -> Attack:
     """A program that breaks its own interpreter."""
     return Attack(
@@ -154,7 +160,9 @@ ATTACKS = (
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
         *("error", "cpu_limit", "signal", "memory_limit"),
     ),
-    _self("recursion in C", "own", "x = []\nfor _ in range(200_000): x = [x]\nrepr(x)", "error", "signal", "memory_limit"),
+    _self(
+        "recursion in C", "own", "x = []\nfor _ in range(200_000): x = [x]\nrepr(x)", "error", "signal", "memory_limit"
+    ),
     _self("5000 parentheses", "#59", "(" * 5000 + ")" * 5000, "error", "memory_limit"),
     _self("two million minus signs", "#59", "-" * 900_000 + "1", "error", "memory_limit", "signal", "cpu_limit"),
     _self("one line of a megabyte", "#59", "x = '" + "a" * 1_000_000 + "'", "ok"),
@@ -169,17 +177,30 @@ ATTACKS = (
     _self("20000 nested groups", "own", _GROUPS, "error", "exit", "signal", "memory_limit"),
     _self("causes in a circle", "own", _LOOP, "error"),
     _self("an exception of 50 MB", "own", "raise ValueError('x' * 50_000_000)", "error"),
-    _self("a message that never comes", "own", _SPIN_IN_STR, "timeout", "cpu_limit", control=Control.OUTLIVES, short=True),
+    _self(
+        "a message that never comes", "own", _SPIN_IN_STR, "timeout", "cpu_limit", control=Control.OUTLIVES, short=True
+    ),
     _self("a repr that shows itself", "own", _SHOW, "error", "signal"),
     _self("surrogates and NUL as output", "own", _LAST_VALUE, "ok"),
-    _self("bytes that are not text", "own", "import os; os.write(1, bytes(range(256)) * 10); os.write(2, b'\\xff')", "ok"),
+    _self(
+        "bytes that are not text", "own", "import os; os.write(1, bytes(range(256)) * 10); os.write(2, b'\\xff')", "ok"
+    ),
     _self("hooks and builtins replaced", "own", _HOOKS, "ok", "error", "exit", "memory_limit"),
     _self("modules taken away", "own", _MODULES, "ok", "error", "exit", "signal"),
     _self("an audit hook that refuses", "own", _AUDIT, "error", "exit"),
     _self("the runner's frames emptied", "own", _FRAMES, "error", "exit", "signal"),
-    _self("a finaliser that never ends", "own", _FINALISER, "timeout", "cpu_limit", control=Control.OUTLIVES, short=True),
+    _self(
+        "a finaliser that never ends", "own", _FINALISER, "timeout", "cpu_limit", control=Control.OUTLIVES, short=True
+    ),
     _self("fault handler's clock", "own", _FAULT, "exit", control=Control.KILLS),
     _self("bytecode that is none", "own", _BYTECODE, "signal", "error", "exit", "timeout", "cpu_limit", short=True),
-    _self("standard streams closed", "own", "import sys, os\nsys.stdout.close(); sys.stderr.close(); os.close(0)", "ok"),
-    _self("the loader poisoned", "own", "import sys\nsys.meta_path.clear(); sys.path[:] = ['/nonexistent']\nimport wave", "error"),
+    _self(
+        "standard streams closed", "own", "import sys, os\nsys.stdout.close(); sys.stderr.close(); os.close(0)", "ok"
+    ),
+    _self(
+        "the loader poisoned",
+        "own",
+        "import sys\nsys.meta_path.clear(); sys.path[:] = ['/nonexistent']\nimport wave",
+        "error",
+    ),
 )

@@ -148,9 +148,7 @@ ATTACKS = (
         plain=True,
     ),
     Attack("thread bomb", "#2", _THREADS, limits=_FEW),
-    Attack(
-        "memory bomb", "#3", _MEMORY, expect=("memory_limit",), tiers={"none": ("memory_limit",)}
-    ),
+    Attack("memory bomb", "#3", _MEMORY, expect=("memory_limit",), tiers={"none": ("memory_limit",)}),
     Attack(
         "memory of many children",
         "#4",
@@ -186,7 +184,15 @@ ATTACKS = (
         limits=_CPU,
         plain=True,
     ),
-    Attack("spin in C", "#6", "9**9**9", expect=("cpu_limit", "memory_limit"), control=Control.OUTLIVES, limits=_CPU, plain=True),
+    Attack(
+        "spin in C",
+        "#6",
+        "9**9**9",
+        expect=("cpu_limit", "memory_limit"),
+        control=Control.OUTLIVES,
+        limits=_CPU,
+        plain=True,
+    ),
     Attack(
         "catastrophic regex",
         "#7",

@@ -91,9 +91,7 @@ class Battery:
         end = time.monotonic() + _SETTLE_S
         while True:
             now = await self._state()
-            worse = [
-                f"{name} {self._rest[name]} -> {value}" for name, value in now.items() if value > self._rest[name]
-            ]
+            worse = [f"{name} {self._rest[name]} -> {value}" for name, value in now.items() if value > self._rest[name]]
             if not worse:
                 return []
             lasting = any(now[name] > self._rest[name] for name in _COUNTERS)
@@ -187,7 +185,9 @@ class Battery:
             failed = labels("refused", text)
             works = labels("did", text)
             unsaid = [] if works else ["everything"]
-            return (f"works, but not: {', '.join(failed)}" if failed else "works" if works else first.ending), failed + unsaid
+            return (
+                f"works, but not: {', '.join(failed)}" if failed else "works" if works else first.ending
+            ), failed + unsaid
         good = {
             Control.OUTLIVES: first.ending == "alive",
             Control.LEAVES: first.left > 0,
