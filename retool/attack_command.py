@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import asdict
 
 from rich.markup import escape
@@ -30,16 +31,30 @@ async def _collect(only: str, tier: str | None, quiet: bool) -> tuple[str, list[
     except ValueError as error:
         raise UserError(str(error)) from None
     rows: list[Row] = []
-    name = ""
-    if quiet:
-        async for name, row in run_battery(attacks, tier):
+    used = ""
+    with nullcontext() if quiet else bar("attacks", len(attacks)) as progress:
+        async for found, row in run_battery(attacks, tier):
+            used = found
             rows.append(row)
-        return name, rows
-    with bar("attacks", len(attacks)) as progress:
-        async for name, row in run_battery(attacks, tier):
-            rows.append(row)
-            progress.update(len(rows), row.name)
-    return name, rows
+            if progress is not None:
+                progress.update(len(rows), row.name)
+    return used, rows
+
+
+def _print(tier: str, rows: list[Row]) -> None:
+    cells = []
+    reasons: defaultdict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        control, _, why = row.control.partition(": ")
+        if control == "none":
+            reasons[why].append(row.name)
+        shown = control if control == "none" else row.control
+        texts = (row.theme, row.name, row.origin, shown, row.expected.replace("|", " "), row.got)
+        cells.append([*map(escape, texts), f"[{_COLOURS[row.verdict]}]{row.verdict}[/]"])
+    header = ["theme", "attack", "from", "unconfined", "expected", "got", "verdict"]
+    console.print(table(f"attacks on tier {tier}", header, cells, figures=False))
+    for why, names in reasons.items():
+        console.print(f"no control for {', '.join(names)}: {why}", markup=False)
 
 
 def attack(tier: str | None, only: str, as_json: bool) -> int:
@@ -52,15 +67,7 @@ def attack(tier: str | None, only: str, as_json: bool) -> int:
         json.dump({"tier": name, "counts": counts, "attacks": [asdict(row) for row in rows]}, sys.stdout, indent=1)
         sys.stdout.write("\n")
     else:
-        header = ["theme", "attack", "from", "unconfined", "expected", "got", "verdict"]
-        cells = [
-            [
-                *(escape(text) for text in (row.theme, row.name, row.origin, row.control, row.expected, row.got)),
-                f"[{_COLOURS[row.verdict]}]{row.verdict}[/]",
-            ]
-            for row in rows
-        ]
-        console.print(table(f"attacks on tier {name}", header, cells, figures=False))
+        _print(name, rows)
         for verdict, meaning in _MEANING.items():
             console.print(f"{counts[verdict]:4} {verdict}: {meaning}", markup=False)
     return 1 if counts["breach"] else 0

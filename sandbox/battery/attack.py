@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Control(StrEnum):
-    """What the same program must do without confinement, in a throwaway process with limits, for the attack to count."""
+    """What the same program must do unconfined, in a throwaway process with limits, for the attack to count."""
 
     WORKS = "works"  # says `did` to everything it tries
     OUTLIVES = "outlives"  # is still running when the clock is out
@@ -38,10 +38,10 @@ Act = Callable[["LocalSandbox", "Target"], Awaitable[list[str]]]
 
 @dataclass(frozen=True)
 class Attack:
-    """`origin`: number in the project's list of required attacks (`#15`) or `own`. `expect`: statuses it may end with;
-    `tiers`: other statuses in some tier. `known`: labels, by tier, that succeed there and are documented to.
-    `says`: pattern that standard output must match. `neighbour`: a program that runs beside it in another run. `plain`: run `code` as it is,
-    without the helpers of `PRELUDE`."""
+    """`origin`: number in the list of attacks that any sandbox must stand (`#15`), or `own`. `expect`: statuses it may
+    end with; `tiers`: other statuses in some tier. `known`: labels, by tier, that succeed there and are documented to.
+    `says`: pattern that standard output must match. `neighbour`: a program that runs beside it in another run. `plain`:
+    run `code` as it is, without the helpers of `PRELUDE`."""
 
     name: str
     origin: str

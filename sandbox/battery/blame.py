@@ -3,6 +3,7 @@
 A SIGKILL nobody here sent means that the machine failed, so a program must not be able to send itself one.
 """
 
+# ruff: noqa: E501 (programs)
 from __future__ import annotations
 
 from sandbox.battery.attack import LIMITS, Attack, Control

@@ -1,5 +1,6 @@
 """Attacks on files: reading, writing and changing what is outside, and games with links, descriptors and /proc."""
 
+# ruff: noqa: E501 (programs)
 from __future__ import annotations
 
 from sandbox.battery.attack import Attack, Control

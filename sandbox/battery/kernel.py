@@ -1,5 +1,6 @@
 """Attacks on the kernel's surface: calls that ordinary programs never make and exploits often do."""
 
+# ruff: noqa: E501 (programs)
 from __future__ import annotations
 
 from sandbox.battery.attack import Attack, Control

@@ -1,5 +1,6 @@
 """Attacks on another run that is under way at the same time."""
 
+# ruff: noqa: E501 (programs)
 from __future__ import annotations
 
 from dataclasses import replace

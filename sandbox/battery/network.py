@@ -1,5 +1,6 @@
 """Attacks over the network and over sockets of any kind."""
 
+# ruff: noqa: E501 (programs)
 from __future__ import annotations
 
 from sandbox.battery.attack import Attack, Control

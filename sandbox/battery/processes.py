@@ -1,5 +1,6 @@
 """Attacks on other processes: signals, tracing, memory, priorities, descriptors."""
 
+# ruff: noqa: E501 (programs)
 from __future__ import annotations
 
 from sandbox.battery.attack import Attack, Control

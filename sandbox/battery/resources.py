@@ -1,5 +1,6 @@
 """Attacks on what is scarce: processes, threads, memory, time, output, disk, descriptors."""
 
+# ruff: noqa: E501 (programs)
 from __future__ import annotations
 
 from dataclasses import replace

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -31,8 +32,8 @@ _LINE = re.compile(r"^(did|refused) ([^:]+): ", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one attack. `verdict`: `held`; `known` (works, and is documented to in this tier); `unproven` (held,
-    but something did not work unconfined here either: `control`); `breach` (`got` says what)."""
+    """What became of one attack. `verdict`: `held`; `known` (works, and is documented to in this tier); `unproven`
+    (held, but something did not work unconfined here either: `control`); `breach` (`got` says what)."""
 
     name: str
     origin: str
@@ -79,8 +80,8 @@ class Battery:
         supervisor = int(stats["supervisor_pid"])
         return {
             "processes": len(descendants(supervisor)),
-            "descriptors": len(list(Path(f"/proc/{supervisor}/fd").iterdir())),
-            "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
+            "descriptors": len(os.listdir(f"/proc/{supervisor}/fd")),  # noqa: PTH208
+            "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),  # noqa: ASYNC240 (a file in memory)
             "leaked": int(stats["leaked"]),
             "restarts": int(stats["restarts"]) + int(stats["supervisor_restarts"]),
             "infra_errors": int(stats.get("infra_errors", 0)),
@@ -114,9 +115,8 @@ class Battery:
         if known:
             got.append("did " + ", ".join(known))
         got += seen.wrong
-        if seen.status not in attack.statuses(self.box.tier) and not attack.act:
-            verdict = "breach"
-        elif breaches or seen.wrong:
+        ended = attack.act is not None or seen.status in attack.statuses(self.box.tier)
+        if breaches or seen.wrong or not ended:
             verdict = "breach"
         elif known:
             verdict = "known"
@@ -182,12 +182,10 @@ class Battery:
             self.victim.restore()
         first, text = done[0], "\n".join(run.stdout for run in done)
         if attack.control is Control.WORKS:
-            failed = labels("refused", text)
-            works = labels("did", text)
-            unsaid = [] if works else ["everything"]
-            return (
-                f"works, but not: {', '.join(failed)}" if failed else "works" if works else first.ending
-            ), failed + unsaid
+            failed, works = labels("refused", text), labels("did", text)
+            if not works:
+                return first.ending, ["everything"]
+            return f"works, but not: {', '.join(failed)}" if failed else "works", failed
         good = {
             Control.OUTLIVES: first.ending == "alive",
             Control.LEAVES: first.left > 0,
