@@ -3,31 +3,28 @@
 #   docker build -f docker/sandbox.Dockerfile -t retool-sandbox .
 #
 # BASE: any image with Python 3.11 or newer as `python3`, with `venv`. Where the build has no package index, put wheels
-# into docker/wheels/ (pip wheel --wheel-dir docker/wheels '.[serve]' numpy sympy scipy pandas) and pass
-# --build-arg PIP_NO_INDEX=1.
+# into docker/wheels/ (pip wheel --wheel-dir docker/wheels '.[serve]' setuptools scipy pandas, then remove retool's own)
+# and pass --build-arg PIP_ARGS=--no-index.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-ARG EXTRAS=serve
-ARG PIP_NO_INDEX=
-ARG PIP_INDEX_URL=
+ARG PIP_ARGS=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_FIND_LINKS=/src/docker/wheels
 RUN python3 -m venv /opt/retool
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY docker/ docker/
 # An empty package first, so that a change of the source does not install the dependencies again.
-RUN mkdir -p docker/wheels retool sandbox data_gen && touch retool/__init__.py \
- && [ -n "$PIP_NO_INDEX" ] || unset PIP_NO_INDEX; [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
-    /opt/retool/bin/python -m pip install -q ".[${EXTRAS}]" numpy sympy scipy pandas
+RUN mkdir -p docker/wheels retool && touch retool/__init__.py \
+ && /opt/retool/bin/python -m pip install -q $PIP_ARGS '.[serve]' numpy sympy scipy pandas \
+ && rm -rf build *.egg-info
 COPY retool/ retool/
 COPY sandbox/ sandbox/
 COPY data_gen/ data_gen/
-RUN [ -n "$PIP_NO_INDEX" ] || unset PIP_NO_INDEX; [ -n "$PIP_INDEX_URL" ] || unset PIP_INDEX_URL; \
-    /opt/retool/bin/python -m pip install -q --force-reinstall --no-deps . \
+RUN /opt/retool/bin/python -m pip install -q $PIP_ARGS --force-reinstall --no-deps . \
  && /opt/retool/bin/python -m pip uninstall -q -y pip \
- && find /opt/retool -name tests -type d -prune -exec rm -rf {} + \
- && /opt/retool/bin/python -m compileall -q /opt/retool/lib || true
+ && find /opt/retool/lib -name tests -type d -prune -exec rm -rf {} + \
+ && /opt/retool/bin/python -m compileall -q -j 0 /opt/retool/lib
 
 FROM ${BASE}
 COPY --from=build /opt/retool /opt/retool

@@ -182,7 +182,8 @@ say("did" if left else "refused", "find files of an earlier run", left)
 
 _NO_HARM = "would change this machine"
 ATTACKS = (
-    Attack("read outside", "#27 #28", _READ),
+    # The package is readable where it is installed beside the interpreter's other libraries; nothing secret is in it.
+    Attack("read outside", "#27 #28", _READ, known=dict.fromkeys(("ns", "uid", "self"), ("read this package",))),
     Attack("write outside", "#33", _WRITE),
     Attack("system files and devices", "#33 #51", _OWN_DATA, control=Control.NONE, why=_NO_HARM),
     Attack("metadata outside", "own", _METADATA),
