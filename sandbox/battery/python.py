@@ -1,7 +1,6 @@
 """Attacks on the interpreter that we share with the program: source it cannot parse, objects that misbehave, broken
 streams, hooks. The status must stay true and the next run must not notice."""
 
-
 from __future__ import annotations
 
 from dataclasses import replace
