@@ -8,7 +8,7 @@ from dataclasses import replace
 from sandbox.battery.attack import LIMITS, Attack, Control
 
 _OWN_HARM = "hurts only its own interpreter; what is checked is the outcome and the next run"
-_SHORT = replace(LIMITS, wall_s=3.0, cpu_s=3)
+_SHORT = replace(LIMITS, wall_s=1.5, cpu_s=2)
 _BAD_EXCEPTION = """
 class Meta(type):
     @property
@@ -158,7 +158,8 @@ ATTACKS = (
         "endless recursion",
         "#58",
         "import sys\nsys.setrecursionlimit(10**9)\ndef f(): f()\nf()",
-        *("error", "cpu_limit", "signal", "memory_limit"),
+        *("error", "cpu_limit", "timeout", "signal", "memory_limit"),
+        short=True,
     ),
     _self(
         "recursion in C", "own", "x = []\nfor _ in range(200_000): x = [x]\nrepr(x)", "error", "signal", "memory_limit"

@@ -103,8 +103,7 @@ class Battery:
 
     async def attack(self, attack: Attack) -> Row:
         """Run one attack with its control and judge it."""
-        control, unproven = await self._control(attack)
-        seen = await self._confined(attack)
+        (control, unproven), seen = await asyncio.gather(self._control(attack), self._confined(attack))
         allowed = attack.known.get(self.box.tier, ())
         breaches = [label for label in seen.did if label not in allowed]
         known = [label for label in seen.did if label in allowed]

@@ -64,8 +64,10 @@ def engine() -> Iterator[None]:
     log = Path(folder, "dockerd.log")
     with log.open("wb") as output:
         daemon = subprocess.Popen(
-            ["dockerd", "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec", "--pidfile", f"{folder}/pid"]
-            + ["--iptables=false", "--bridge=none"],
+            [
+                *("dockerd", "--data-root", f"{folder}/data", "--exec-root", f"{folder}/exec"),
+                *("--pidfile", f"{folder}/pid", "--iptables=false", "--bridge=none"),
+            ],
             stdout=output,
             stderr=output,
             stdin=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.stack.engine import ROOT, NoEngine, build, container, docker, engine, hardening
 
@@ -98,8 +99,10 @@ def test_flags_are_the_hard_ones() -> None:
     flags = hardening()
     assert {"--read-only", "--init", "--cap-drop=ALL", "--security-opt=no-new-privileges:true"} <= set(flags)
     assert {flag for flag in flags if "cap-add" in flag} == {"--cap-add=SETUID", "--cap-add=SETGID", "--cap-add=KILL"}
-    text = (ROOT / "docker/sandbox.compose.yml").read_text()
-    assert "internal: true" in text and "docker.sock" not in text and "privileged" not in text
+    compose = yaml.safe_load((ROOT / "docker/sandbox.compose.yml").read_text())
+    service = compose["services"]["sandbox"]
+    assert compose["networks"] == {"sandbox": {"internal": True}} and service["networks"] == ["sandbox"]
+    assert not {"privileged", "volumes", "environment", "ports", "network_mode", "pid"} & set(service)
 
 
 def test_runs_as_tier_uid_with_the_packages(service: Service) -> None:
