@@ -106,8 +106,11 @@ async def _supervise(settings: Settings) -> int:
     try:
         work = asyncio.create_task(_serve(settings, service, connection))
         await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done() and work.result():
-            await ending
+        if work.done() and (serving := work.exception() or work.result()):
+            if isinstance(serving, BaseException):  # ours: the client is told before everything ends
+                connection.send({"id": 0, **error_reply(SandboxInfraError(f"start: {serving!r}", "spawn_failed"))})
+            else:
+                await ending
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
     finally:

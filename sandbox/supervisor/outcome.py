@@ -139,7 +139,7 @@ def judge(ending: Ending, limits: Limits) -> Outcome:
 
 
 class OomWatch:
-    """The machine's counter of memory kills as it was when a run began, or up to a second before: reading it is dear."""
+    """The machine's counter of memory kills as it was when a run began, or a second before: reading it is dear."""
 
     def __init__(self) -> None:
         self._read_at = -math.inf

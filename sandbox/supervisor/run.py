@@ -13,11 +13,11 @@ from typing import Any
 
 from sandbox import paths
 from sandbox.supervisor.outcome import (
+    OOM_WATCH,
     Ending,
     Outcome,
     digest,
     judge,
-    oom_kills,
     parse_display,
     parse_files,
     parse_frame,

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox import wire
+from sandbox.supervisor import folders
 from sandbox.supervisor.cell import Cell
 from sandbox.supervisor.cgroups import Group
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
@@ -224,7 +224,10 @@ class Unit:
         return answer, received
 
     async def spawn(self, uid: int, group: Group | None = None) -> Child:
-        """Fork and confine a child that waits for a job, in a control group if one is given. Raises `SandboxInfraError` (spawn_failed, jail_failed)."""
+        """Fork and confine a child that waits for a job, in a control group if one is given.
+
+        Raises `SandboxInfraError` (spawn_failed, jail_failed).
+        """
         ident = next(_IDENTS)
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
         (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
@@ -253,7 +256,8 @@ class Unit:
             await self._await_ready(child)
         except BaseException:
             await self.destroy(child)
-            self.forget(child)
+            if folder := self.folder(child):
+                await asyncio.to_thread(folders.remove, folder, uid)
             raise
         for fd in (child.stdout, child.stderr, child.report, child.job):
             os.set_blocking(fd, False)
@@ -329,10 +333,9 @@ class Unit:
         finally:
             child.close()
 
-    def forget(self, child: Child) -> None:
-        """Remove the files of a child whose processes are dead."""
-        if not self.tier.namespaces:
-            _remove(f"{self.settings.work_root}/{child.ident}")
+    def folder(self, child: Child) -> str:
+        """The work folder that a child leaves behind; empty in `ns`, where it goes with the namespace."""
+        return "" if self.tier.namespaces else f"{self.settings.work_root}/{child.ident}"
 
     async def stop(self) -> None:
         """End the unit; returns when the warden has gone, which takes everything else with it."""
@@ -361,13 +364,3 @@ async def _read_some(fd: int) -> bytes:
         return os.read(fd, 4096)
     finally:
         loop.remove_reader(fd)
-
-
-def _remove(path: str) -> None:
-    """Remove a work folder. Its processes are dead; `rmtree` never follows links, and `rm` handles any depth."""
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-    except (OSError, RecursionError):
-        subprocess.run(["rm", "-rf", "--", path], check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
