@@ -10,12 +10,13 @@ import resource
 import shutil
 import signal
 import socket
+import traceback
 from typing import Any
 
 from sandbox.frames import FrameProtocol
 from sandbox.supervisor.service import Service, error_reply
 from sandbox.supervisor.settings import Settings
-from sandbox.types import SandboxError, SandboxProtocolError
+from sandbox.types import SandboxError, SandboxInfraError, SandboxProtocolError
 
 
 class Connection:
@@ -106,11 +107,8 @@ async def _supervise(settings: Settings) -> int:
     try:
         work = asyncio.create_task(_serve(settings, service, connection))
         await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done() and (serving := work.exception() or work.result()):
-            if isinstance(serving, BaseException):  # ours: the client is told before everything ends
-                connection.send({"id": 0, **error_reply(SandboxInfraError(f"start: {serving!r}", "spawn_failed"))})
-            else:
-                await ending
+        if work.done() and work.result():
+            await ending
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
     finally:
@@ -131,6 +129,11 @@ async def _serve(settings: Settings, service: Service, connection: Connection) -
         await service.start()
     except SandboxError as error:
         connection.send({"id": 0, **error_reply(error)})
+        return False
+    except Exception as error:
+        traceback.print_exc()
+        failure = SandboxInfraError(f"the supervisor did not start: {error!r}", "spawn_failed", retryable=False)
+        connection.send({"id": 0, **error_reply(failure)})
         return False
     connection.send({"id": 0, "tier": service.tier})
     connection.serve()

@@ -73,7 +73,7 @@ class Pool:
             group = None
             try:
                 group = self.groups.take() if self.groups else None
-                if uid and uid not in self._known_uids:  # nothing that an earlier supervisor left behind may be in the way
+                if uid and uid not in self._known_uids:  # an earlier supervisor may have left something behind
                     await unit.purge(uid, uid)
                     self._known_uids.add(uid)
                 return await unit.spawn(uid, group)
