@@ -33,7 +33,10 @@ async def capabilities(state: ServerState, request: Request) -> Response:
         "max_memory_mb": state.options.max_memory_mb,
         "languages": ["python", "pytest", "bash"],
     }
-    return Response(dumps({**await state.box.capabilities(), "server": server}), media_type=JSON)
+    return Response(
+        dumps({**await state.box.capabilities(), "server": server}),
+        media_type=JSON,
+    )
 
 
 async def stats(state: ServerState, request: Request) -> Response:

@@ -74,6 +74,6 @@ def internal_error(name: str) -> Reply:
     message = f"the server failed ({name}); its log says more"
     return Reply(
         500,
-        dumps({"error": {"code": "internal", "message": message, "retryable": True, "class": "infrastructure"}}),
+        dumps({"error": {"code": "internal", "message": message, "retryable": False, "class": "infrastructure"}}),
         False,
     )
