@@ -7,15 +7,13 @@ about blame: a SIGKILL nobody here sent must mean that the machine, not the prog
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import functools
-import os
 import struct
 from collections.abc import Iterable
 
 from sandbox.linux.numbers import ALLOWED, SPECIAL
-from sandbox.linux.syscalls import MACHINE, PR_SET_SECCOMP
+from sandbox.linux.syscalls import MACHINE, SeccompProgram
 
 _AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -125,15 +123,16 @@ def build_cpu_limit_lock() -> bytes:
     return b"".join(_instruction(*step) for step in program)
 
 
-class _Program(ctypes.Structure):
-    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
-
-
 def install(program: bytes) -> None:
     """Filter this process and its future children, for good; `no_new_privs` must be set."""
-    buffer = ctypes.create_string_buffer(program, len(program))
-    header = _Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(ctypes.c_int(PR_SET_SECCOMP), ctypes.c_ulong(2), ctypes.byref(header)) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, f"seccomp: {os.strerror(code)}")
+    _ready(program).install()
+
+
+@functools.lru_cache(maxsize=4)
+def _ready(program: bytes) -> SeccompProgram:
+    return SeccompProgram(program)
+
+
+def prepare(program: bytes) -> None:
+    """Do what `install` would do before the kernel is called, so that a fork of this process finds it done."""
+    _ready(program)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox import wire
+from sandbox.supervisor.cell import Cell
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
 from sandbox.types import SandboxInfraError
@@ -44,18 +45,21 @@ class Child:
     stderr: int
     report: int
     uid: int = 0
-    init: int = -1  # pidfd of the run's init in tier `ns`
+    cell: Cell | None = None  # the run's process namespace in tier `ns`
     process: int = -1  # pidfd of the child itself
     exited: asyncio.Future[tuple[int, int, int]] = field(default_factory=asyncio.Future)
     """(wait status, CPU microseconds, largest resident KiB), or an exception when the unit is lost."""
 
     def close(self) -> None:
-        """Close every descriptor once."""
-        for name in ("job", "stdout", "stderr", "report", "init", "process"):
+        """Close every descriptor once; the process namespace, unless it was given back, goes too."""
+        for name in ("job", "stdout", "stderr", "report", "process"):
             fd = getattr(self, name)
             if fd >= 0:
                 os.close(fd)
                 setattr(self, name, -1)
+        if self.cell is not None:
+            self.cell.close()
+            self.cell = None
 
 
 class Unit:
@@ -72,6 +76,7 @@ class Unit:
         self._replies: dict[tuple[bytes, int], asyncio.Future[tuple[bytes, tuple[int, ...], list[int]]]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._sockets: list[socket.socket] = []
+        self._cells: list[Cell] = []
         self._errors = Path(settings.work_root) / f"unit-{tier.name}-{id(self)}.log"
 
     @property
@@ -184,6 +189,9 @@ class Unit:
                 child.exited.exception()  # a child nobody waits for is not an unhandled error
         self._replies.clear()
         self._children.clear()
+        for cell in self._cells:
+            cell.close()
+        self._cells.clear()
 
     def _close_sockets(self) -> None:
         for sock in self._sockets:
@@ -218,16 +226,14 @@ class Unit:
         try:
             extra: tuple[int, ...] = ()
             if self.tier.namespaces:
-                _, (child.init,) = await self._ask(0, wire.INIT, wire.INIT, ident)
-                extra = (child.init,)
+                child.cell = self._cells.pop() if self._cells else await self._new_cell(ident)
+                extra = (child.cell.pidfd,)
             numbers = (uid, INIT_SEES_CHILD_AS if self.tier.namespaces else 0)
             _, (child.process,) = await self._ask(
                 1, wire.SPAWN, wire.SPAWNED, ident, numbers, (job_r, out_w, err_w, rep_w, *extra)
             )
         except BaseException:
             self._children.pop(ident, None)
-            if child.init >= 0:
-                _kill(child.init)
             child.close()
             raise
         finally:
@@ -243,6 +249,17 @@ class Unit:
             os.set_blocking(fd, False)
         return child
 
+    async def _new_cell(self, ident: int) -> Cell:
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _, (pidfd,) = await self._ask(0, wire.INIT, wire.INIT, ident, (), (far.fileno(),))
+        except BaseException:
+            near.close()
+            raise
+        finally:
+            far.close()
+        return Cell(pidfd, near)
+
     async def _await_ready(self, child: Child) -> None:
         os.set_blocking(child.report, False)
         try:
@@ -256,21 +273,24 @@ class Unit:
 
     async def kill(self, child: Child) -> bool:
         """Kill the child and everything it started; True when nothing is left."""
-        if child.init >= 0:
-            _kill(child.init)
-            dead = await _wait_pidfd(child.init, 10.0)
-        else:
+        if not child.exited.done():
             _kill(child.process)
-            dead = True
-        if not self.lost.is_set():
-            try:
-                async with asyncio.timeout(10.0):
-                    await asyncio.shield(child.exited)
-                if not self.tier.namespaces and not self.tier.deny_fork:
-                    dead = await self.purge(child.ident, child.uid)
-            except (TimeoutError, SandboxInfraError):
-                dead = False
+        try:
+            async with asyncio.timeout(10.0):
+                await asyncio.shield(child.exited)
+            if child.cell is not None:
+                dead = await child.cell.clear()
+                if self._may_keep(child.cell):
+                    self._cells.append(child.cell)
+                    child.cell = None
+            else:
+                dead = self.tier.deny_fork or await self.purge(child.ident, child.uid)
+        except (TimeoutError, SandboxInfraError):
+            dead = child.cell is not None and await child.cell.destroy()
         return dead or self.lost.is_set()
+
+    def _may_keep(self, cell: Cell) -> bool:
+        return cell.reusable and not self.lost.is_set() and len(self._cells) < self.settings.workers
 
     async def purge(self, ident: int, uid: int) -> bool:
         """Kill what runs as `uid`; True when nothing is left. Raises `SandboxInfraError`."""
@@ -305,21 +325,6 @@ class Unit:
 def _kill(pidfd: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-async def _wait_pidfd(fd: int, patience_s: float) -> bool:
-    """True once the process behind a pidfd has ended; a timeout is an answer here."""
-    loop = asyncio.get_running_loop()
-    done = asyncio.Event()
-    loop.add_reader(fd, done.set)
-    try:
-        async with asyncio.timeout(patience_s):
-            await done.wait()
-    except TimeoutError:
-        return False
-    finally:
-        loop.remove_reader(fd)
-    return True
 
 
 async def _read_some(fd: int) -> bytes:

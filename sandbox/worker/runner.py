@@ -27,7 +27,7 @@ from sandbox.worker.display import MAIN, describe, run_source
 
 JOB_HEADER = struct.Struct("!II")
 READY_BYTE = b"R"
-_CPU_LIMIT_LOCK = seccomp.build_cpu_limit_lock() if SUPPORTED else b""
+CPU_LIMIT_LOCK = seccomp.build_cpu_limit_lock() if SUPPORTED else b""
 _MIB = 1024 * 1024
 _RESERVE = 32 * _MIB  # address space kept back so that a MemoryError can still be described
 
@@ -89,7 +89,7 @@ def apply_limits(settings: dict[str, Any], base_bytes: int, filtered: bool) -> N
     used = int(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
     _lower(resource.RLIMIT_CPU, used + settings["cpu_s"], used + settings["cpu_s"] + 1)
     if filtered:
-        seccomp.install(_CPU_LIMIT_LOCK)
+        seccomp.install(CPU_LIMIT_LOCK)
 
 
 def _seed(seed: int) -> None:

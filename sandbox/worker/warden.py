@@ -6,6 +6,7 @@ everything of one user id. When the supervisor goes away, however it goes, the w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -19,9 +20,10 @@ from sandbox import wire
 from sandbox.linux import syscalls as sys_
 from sandbox.profiles import PROFILES
 from sandbox.tiers import BY_NAME, Tier
-from sandbox.worker import root
+from sandbox.worker import init, root
 from sandbox.worker.jail import JAIL_ID, Jail, make_ruleset, write_id_maps
-from sandbox.worker.zygote import Zygote, address_space, threads, warm
+from sandbox.worker.memory import address_space, threads
+from sandbox.worker.zygote import Zygote, warm
 
 _NAMESPACES = sys_.CLONE_NEWUSER | sys_.CLONE_NEWNS | sys_.CLONE_NEWIPC | sys_.CLONE_NEWUTS | sys_.CLONE_NEWNET
 
@@ -61,32 +63,17 @@ def _enter_process_namespace(sockets: tuple[socket.socket, ...]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) or 255
 
 
-def _init() -> NoReturn:
-    """Process 1 of one run: reaps orphans until it is killed, and the kernel kills the rest with it."""
-    sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    os.closerange(0, 1024)
-    while True:
-        signal.sigwait({signal.SIGCHLD})
-        try:
-            while os.waitpid(-1, os.WNOHANG)[0] > 0:
-                pass
-        except ChildProcessError:
-            pass
+def _children() -> list[int]:
+    """Processes whose parent we are, zombies included."""
+    return [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
 
 
-def _uids_of_processes() -> list[tuple[int, int, int]]:
-    """(pid, parent pid, real uid) of every process we can see, zombies included."""
-    rows = []
-    for entry in os.listdir("/proc"):  # noqa: PTH208
-        if entry.isdigit():
-            try:
-                lines = Path("/proc", entry, "status").read_text().splitlines()
-            except OSError:
-                continue
-            fields = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-            rows.append((int(entry), int(fields["PPid"]), int(fields["Uid"].split()[0])))
-    return rows
+def _owner(pid: int) -> int:
+    """Effective user id of a process, zombie or not; -1 when it is gone."""
+    try:
+        return Path("/proc", str(pid)).stat().st_uid
+    except OSError:
+        return -1
 
 
 class Warden:
@@ -127,55 +114,52 @@ class Warden:
         packet = wire.receive_packet(self.control)
         if packet is None:
             return False
-        kind, ident, numbers, _ = packet
+        kind, ident, numbers, fds = packet
         try:
             if kind == wire.INIT:
-                wire.send_packet(self.control, wire.INIT, ident, (), (self._make_init(),))
+                wire.send_packet(
+                    self.control, wire.INIT, ident, (), (self._make_init(socket.socket(fileno=fds.pop())),)
+                )
             elif kind == wire.PURGE:
                 wire.send_packet(self.control, wire.PURGE, ident, (int(self.purge(numbers[0])),))
         except OSError as error:
             wire.send_packet(self.control, wire.FAILED, ident, (error.errno or 0,))
         return True
 
-    def _make_init(self) -> int:
-        """A new process namespace with its init; returns the init's pidfd."""
+    def _make_init(self, control: socket.socket) -> int:
+        """A new process namespace with its init, which obeys `control`; returns the init's pidfd."""
         sys_.unshare(sys_.CLONE_NEWPID)
         try:
             pid = os.fork()
             if pid == 0:
-                try:
-                    _init()
-                finally:
-                    os._exit(1)
+                init.serve(control)
         finally:
             sys_.setns(self.own_pids, sys_.CLONE_NEWPID)
+            control.close()
         pidfd = os.pidfd_open(pid)
         self.inits[pidfd] = pid
         self.poller.register(pidfd, select.POLLIN)
         return pidfd
 
     def purge(self, uid: int) -> bool:
-        """Kill everything of a run; True when nothing is left, zombies included (they count as processes)."""
+        """Kill everything of a run; True when nothing is left, zombies included (they count as processes).
+
+        The run's first process is dead, so whatever else lives has an ancestor that was given to us as the subreaper.
+        """
         if self.tier.own_uid:
             self.uids.add(uid)
         for attempt in range(200):
-            self._reap_orphans()
-            left = [row for row in _uids_of_processes() if self._belongs(row, uid)]
-            if not left:
-                return True
             if self.tier.own_uid:
                 _kill_as(uid)
-            else:
-                for pid, _, _ in left:
+            self._reap_orphans()
+            orphans = [pid for pid in _children() if pid != self.zygote and (not uid or _owner(pid) == uid)]
+            if not orphans:
+                return True
+            if not self.tier.own_uid:
+                for pid in orphans:
                     os.kill(pid, signal.SIGKILL)
-            select.poll().poll(min(1 + attempt, 20))
+            select.poll().poll(min(attempt, 20))
         return False
-
-    def _belongs(self, row: tuple[int, int, int], uid: int) -> bool:
-        pid, parent, real = row
-        if self.tier.own_uid:
-            return real == uid
-        return parent == os.getpid() and pid != self.zygote  # an orphan we were given as subreaper
 
     def _end(self) -> None:
         """The supervisor is gone: kill the zygote and whatever ran. Namespaces die with this process's children."""
@@ -190,16 +174,16 @@ class Warden:
 
 
 def _kill_as(uid: int) -> None:
-    """`kill(-1)` with the run's effective uid: atomic against fork bombs. Our real uid is one the run cannot signal."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            os.setgroups([])
-            os.setresuid(uid + 1, uid, uid + 1)
+    """`kill(-1)` with the run's effective user id: atomic against fork bombs.
+
+    Our real id is then one that the run cannot signal; the saved id, root's, is the way back.
+    """
+    os.setresuid(uid + 1, uid, 0)
+    try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(-1, signal.SIGKILL)
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    finally:
+        os.setresuid(0, 0, 0)
 
 
 def main(config: dict[str, Any]) -> int:
@@ -210,6 +194,7 @@ def main(config: dict[str, Any]) -> int:
     python_paths = tuple(config["python_paths"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
+        sys_.name_process("sandbox-warden")
         if tier.namespaces:
             enter_namespaces(python_paths, config["uid"])
         else:
@@ -233,6 +218,7 @@ def main(config: dict[str, Any]) -> int:
 
 def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoReturn:
     try:
+        sys_.name_process("sandbox-zygote")
         sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
         sys.path[:] = [*sys.path, *(path for path in config["module_paths"] if path not in sys.path)]
         warm(PROFILES[config["profile"]])

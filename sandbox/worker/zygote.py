@@ -13,7 +13,6 @@ import os
 import select
 import socket
 import types
-from pathlib import Path
 
 from sandbox import wire
 from sandbox.linux import seccomp
@@ -21,6 +20,7 @@ from sandbox.linux import syscalls as sys_
 from sandbox.profiles import Profile
 from sandbox.worker import runner
 from sandbox.worker.jail import INIT_SEES_CHILD_AS, Jail, confine
+from sandbox.worker.memory import collapse_heap
 
 
 def warm(profile: Profile) -> None:
@@ -35,21 +35,11 @@ def warm(profile: Profile) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
+    collapse_heap()
 
 
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
 _HIGH = 512  # descriptors a child keeps are moved up here before everything below is closed
-
-
-def address_space() -> int:
-    """Bytes this process has mapped."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def threads() -> int:
-    """Threads of this process: a zygote must have one, or forks would copy locks nobody will release."""
-    return sum(1 for _ in Path("/proc/self/task").iterdir())
 
 
 class Zygote:
@@ -63,7 +53,9 @@ class Zygote:
         self.poller = select.poll()
         self.poller.register(control, select.POLLIN)
         if jail.tier.seccomp:
-            seccomp.build(INIT_SEES_CHILD_AS, jail.tier.deny_fork)  # cached; children of `ns` all use this one
+            # Cached; children of `ns` all use this one.
+            seccomp.prepare(seccomp.build(INIT_SEES_CHILD_AS, jail.tier.deny_fork))
+            seccomp.prepare(runner.CPU_LIMIT_LOCK)
         self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if jail.tier.namespaces else -1
 
     def serve(self) -> None:
@@ -96,13 +88,13 @@ class Zygote:
     def _fork(self, ident: int, numbers: tuple[int, ...], fds: list[int]) -> int:
         uid, seen_pid = numbers[0], numbers[1]
         if not self.jail.tier.namespaces:
-            pid = os.fork()
+            pid = sys_.fork()
             if pid == 0:
                 self._child(ident, uid, seen_pid, fds)
             return pid
         sys_.setns(fds[4], sys_.CLONE_NEWPID)
         try:
-            pid = os.fork()
+            pid = sys_.fork()
             if pid == 0:
                 self._child(ident, uid, seen_pid, fds)
         finally:

@@ -234,7 +234,7 @@ async def test_cancelling_in_every_phase_leaks_nothing() -> None:
     """Queued, being forked, running: whoever is cancelled leaves neither init nor child nor descriptor."""
     async with LocalSandbox("py-bare", PATIENT, workers=2) as box:
         assert box._link is not None
-        await box.exec("print(1)")
+        await asyncio.gather(*(box.exec("print(1)") for _ in range(8)))  # as many namespaces as are ever kept
         await asyncio.sleep(0.3)
         stats = await box.stats()
         before = descriptors(stats["supervisor_pid"]), len(processes(box._link.folder))
