@@ -167,7 +167,7 @@ def sandbox_run(
 @sandbox_app.command("serve")
 def sandbox_serve(
     host: Annotated[str, typer.Option(help="Address; anything but this machine's own needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     uds: Annotated[str | None, typer.Option(help="Unix socket instead of host and port.")] = None,
     profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "py-math",
     workers: Annotated[int, typer.Option(min=0, help="Executions at once; 0: 1.5 a core.")] = 0,

@@ -332,7 +332,8 @@ class RemoteSandbox:
 
     async def _ask(self, endpoint: Endpoint, path: str) -> dict[str, Any] | None:
         try:
-            return (await self.at(endpoint, "GET", path, seconds=5.0)).fields()
+            answer = await endpoint.send("GET", path, seconds=5.0)
+            return answer.fields() if answer.status == 200 else None
         except SandboxError:
             return None
 

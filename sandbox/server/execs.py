@@ -86,6 +86,7 @@ async def exec_one(state: ServerState, request: Request) -> Response:
     data = await read_json(request)
     item = check(ExecRequest, data)
     key = idempotency_key(request, item.idempotency_key)
+    state.check_profile(item.profile)
     state.limits(item.limits)
     mark = fingerprint(*item.model_copy(update={"idempotency_key": None, "deadline_ms": None})) if key else ""
     if key is None:
@@ -97,6 +98,7 @@ async def _item(state: ServerState, owner: str, index: int, data: Any, arrived: 
     """One line of a batch's answer."""
     try:
         item = check(ExecRequest, data)
+        state.check_profile(item.profile)
         state.limits(item.limits)
         work = functools.partial(state.answer, item, arrived)
         if item.idempotency_key is None:

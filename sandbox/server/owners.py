@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from sandbox.types import Session, SessionError
 
 _KEEP_S = 900.0
-_STEPS = 64
 
 
 @dataclass
 class Owned:
-    """A session and what its server remembers: `step` of its last execution, the code of the last steps."""
+    """A session and what its server remembers: `step` of its last execution."""
 
     owner: str
     session: Session
     ttl_s: float
     step: int = 0
     used: float = field(default_factory=time.monotonic)
-    codes: OrderedDict[int, str] = field(default_factory=OrderedDict)
-
-    def claim(self, step: int | None, fingerprint: str) -> None:
-        """Note that `step` is this code. Raises `SessionError` (step_conflict) when it was other code: a client must
-        never get the stored result of somebody else's step."""
-        if step is None:
-            return
-        if self.codes.setdefault(step, fingerprint) != fingerprint:
-            raise SessionError(f"step {step} of this session ran other code", "step_conflict")
-        while len(self.codes) > _STEPS:
-            self.codes.popitem(last=False)
-
-    def moved(self, step: int) -> None:
-        """The session stands at `step` now; what came later in another life is forgotten."""
-        self.step = step
-        for later in [number for number in self.codes if number > step]:
-            del self.codes[later]
 
 
 class Owners:

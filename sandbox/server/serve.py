@@ -10,6 +10,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,6 +39,8 @@ def serve(options: ServeOptions) -> None:
         raise ServeError(str(error)) from None
     options.check(tokens)
     with _listening(options) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if options.uds is None:
+            options = replace(options, port=listener.getsockname()[1])
         runner.run(_serve(options, Tokens(tokens), listener))
 
 
@@ -76,7 +79,7 @@ async def _serve(options: ServeOptions, tokens: Tokens, listener: socket.socket)
             proxy_headers=False,
             timeout_keep_alive=75,
             backlog=_BACKLOG,
-            timeout_graceful_shutdown=5,
+            timeout_graceful_shutdown=2,
         )
         server = _Server(config, app, state)
         print(

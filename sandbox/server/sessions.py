@@ -21,12 +21,6 @@ from sandbox.types import SandboxError, Session
 Work = Callable[[], Coroutine[Any, Any, Reply]]
 
 
-def _step_of(session: Session, otherwise: int) -> int:
-    """The session's last finished step, where its handle knows it."""
-    step = getattr(session, "step", otherwise)
-    return step if isinstance(step, int) else otherwise
-
-
 def _json(fields: dict[str, Any], status: int = 200) -> Reply:
     return Reply(status, dumps(fields))
 
@@ -60,6 +54,7 @@ def _found(state: ServerState, request: Request) -> Owned:
 async def open_session(state: ServerState, request: Request) -> Response:
     """A new session."""
     body = await read(request, OpenRequest)
+    state.check_profile(body.profile)
     limits = state.limits(body.limits)
     owner = ticket(request).owner
 
@@ -102,7 +97,6 @@ async def exec_in_session(state: ServerState, request: Request) -> Response:
     key = idempotency_key(request, body.idempotency_key)
 
     async def work() -> Reply:
-        owned.claim(body.expect_step, fingerprint(body.code, body.stdin))
         result = await owned.session.exec(
             body.code, stdin=body.stdin, limits=limits, expect_step=body.expect_step, rich=body.rich
         )
@@ -114,7 +108,7 @@ async def exec_in_session(state: ServerState, request: Request) -> Response:
 
 
 def _adopt(state: ServerState, owner: str, sessions: Sequence[Session], ttl_s: float, step: int) -> Reply:
-    found = [state.owners.add(owner, session, ttl_s, _step_of(session, step)) for session in sessions]
+    found = [state.owners.add(owner, session, ttl_s, step) for session in sessions]
     return _json({"sessions": [_described(owned) for owned in found]}, 201)
 
 
@@ -157,7 +151,7 @@ async def restore_session(state: ServerState, request: Request) -> Response:
     async def work() -> Reply:
         step = state.owners.snapshot(owned.owner, body.snapshot)
         await owned.session.restore(body.snapshot)
-        owned.moved(_step_of(owned.session, step))
+        owned.step = step
         return _json(_described(owned))
 
     return await _once(state, request, idempotency_key(request, body.idempotency_key), body, work)

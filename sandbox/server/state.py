@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 from sandbox.local import LocalSandbox
+from sandbox.profiles import PROFILES
 from sandbox.server.health_probe import Health
 from sandbox.server.metrics import Metrics
 from sandbox.server.models import ExecRequest, LimitsModel
@@ -18,6 +19,7 @@ from sandbox.server.replies import Refused, Reply, error_reply, overloaded, resu
 from sandbox.server.tokens import Tokens
 from sandbox.types import ExecResult, Limits, SandboxError, SandboxOverloaded, SessionError, Status
 
+AUTO = "auto"
 MAX_HELD_BYTES = 512 * 1024 * 1024
 """Request bytes in memory at once; more is refused with 429."""
 _OVERHEAD_S = 0.003  # of one execution, beyond its own wall time: for estimates only
@@ -75,6 +77,13 @@ class ServerState:
         if limits.wall_s > most_s or limits.cpu_s > most_s * 16 or limits.memory_mb > most_mb:
             raise Refused(422, "invalid_request", f"limits: this server allows {most_s:g} s and {most_mb} MiB at most")
         return limits
+
+    @staticmethod
+    def check_profile(name: str | None) -> None:
+        """Raises `Refused` (422) for a profile that does not exist."""
+        if name is not None and name not in PROFILES and name != AUTO:
+            known = ", ".join(sorted({*PROFILES, AUTO}))
+            raise Refused(422, "invalid_request", f"profile: {name!r} is unknown: choose from {known}")
 
     # --- running ------------------------------------------------------------------------------------------------
 
