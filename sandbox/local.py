@@ -49,7 +49,8 @@ class LocalSandbox:
     `profile`: the warm interpreter that code runs in: `py-bare` (standard library), `py-math` (numpy and sympy
     imported), `py-data` (scipy and pandas too), or `auto`, the smallest that has what the code mentions. `limits`:
     defaults of every run. `workers`: runs at once (default 1.5 per core); the rest wait in order. `tier`: insist on one
-    tier. `allow_unconfined`: when no tier holds here, run without isolation instead of raising `ConfinementUnavailable`.
+    tier. `allow_unconfined`: when no tier holds here, run without isolation instead of raising
+    `ConfinementUnavailable`. `max_sessions`, `max_snapshots`: open at once.
 
     One instance may be shared by any number of tasks of one event loop. A supervisor that dies raises
     `SandboxUnavailable` in the calls under way; the next call starts a fresh one.
