@@ -16,7 +16,7 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or run make PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(PY) || "$(PYTHON)" -m venv .venv
 	@echo "installing into .venv (the first time this takes a few minutes)"
-	@if command -v nvidia-smi >/dev/null 2>&1; then $(PY) -m pip install -q --disable-pip-version-check -e '.[train,dev]'; \
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(PY) -m pip install -q --disable-pip-version-check -e '.[train,serve,dev]'; \
 	else $(PY) -m pip install -q --disable-pip-version-check -r requirements/cpu.txt && $(PY) -m pip install -q --disable-pip-version-check --no-deps -e .; fi
 	@touch $(STAMP)
 

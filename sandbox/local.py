@@ -52,6 +52,7 @@ class LocalSandbox:
     tier. `require`: properties that the tier must have (see `sandbox.tiers.PROPERTIES`). `allow_unconfined`: when no
     tier holds here, run without isolation instead of raising `ConfinementUnavailable`. `cgroups`: limit the memory of
     whole runs where the machine allows it. `queue`: how many may wait before `SandboxOverloaded` is raised.
+    `max_sessions`, `max_snapshots`: open at once.
 
     One instance may be shared by any number of tasks of one event loop. A supervisor that dies raises
     `SandboxUnavailable` in the calls under way; the next call starts a fresh one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +103,6 @@ class LiveSession:
         self.ended = ""
         self.on_end: Callable[[LiveSession], None] = lambda _: None
         self._admission = admission
-        self._rejections: deque[Reply] = deque(maxlen=1)
         self._ooms = OOM_WATCH.begin()
         self._processes = tree.limits.processes
         self.adopt(interpreter)
@@ -153,11 +152,16 @@ class LiveSession:
         step = Step(self.step + 1, request, [reply], time.monotonic())
         self.running = step
         try:
-            if self._admission.enter(lambda: self._start(step)):
+            if self._admission.enter(lambda: self._start(step), lambda error: self._refused(step, error)):
                 self._start(step)
         except SandboxError:
             self.running = None
             raise
+
+    def _refused(self, step: Step, error: SandboxError) -> None:
+        """There will be no slot: the execution is no step."""
+        self._admission.count_error(error)
+        self._reply(step, {"error": encode_error(error)})
 
     def _start(self, step: Step) -> None:
         """A slot is ours: hand the code over."""
@@ -282,7 +286,7 @@ class LiveSession:
         )
         self.past.add(step.number, request, reply, size)
         self._admission.count(outcome.status.value)
-        self._admission.leave()
+        self._admission.leave(time.monotonic() - step.started)
         self._reply(step, reply)
 
     def _reply(self, step: Step, reply: Reply) -> None:
@@ -363,22 +367,28 @@ class Admission:
         self._slots, self.count_one = slots, counts
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def enter(self, start: Callable[[], None]) -> bool:
-        """True when a slot was free and is now taken; otherwise `start` is called once there is one."""
+    def enter(self, start: Callable[[], None], refuse: Callable[[SandboxError], None]) -> bool:
+        """True when a slot was free and is now taken; otherwise `start` is called once there is one, or `refuse`."""
         if self._slots.try_acquire():
             return True
-        task = asyncio.get_running_loop().create_task(self._later(start))
+        task = asyncio.get_running_loop().create_task(self._later(start, refuse))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return False
 
-    async def _later(self, start: Callable[[], None]) -> None:
-        await self._slots.acquire()
-        start()
+    async def _later(self, start: Callable[[], None], refuse: Callable[[SandboxError], None]) -> None:
+        try:
+            await self._slots.acquire()
+        except SandboxError as error:
+            refuse(error)
+        else:
+            start()
 
-    def leave(self) -> None:
-        """Give the slot back."""
+    def leave(self, seconds: float = 0.0) -> None:
+        """Give the slot back, after having used it for `seconds`."""
         self._slots.release()
+        if seconds:
+            self._slots.took(seconds)
 
     def count(self, status: str) -> None:
         """One more execution."""

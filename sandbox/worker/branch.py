@@ -26,7 +26,7 @@ from sandbox.paths import BRANCHES
 from sandbox.worker import root, stage
 from sandbox.worker.files import FileError, walk
 
-COPY_BYTES = 64 * 1024 * 1024
+COPY_BYTES = 32 * 1024 * 1024
 """Files of a work folder larger than this in all make it `fork_unsafe`."""
 COPY_ENTRIES = 4_000
 _CLONE_PARENT, _CLONE_CHILD_SETTID, _CLONE_CHILD_CLEARTID = 0x8000, 0x01000000, 0x00200000
@@ -204,7 +204,9 @@ def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]]
         tempfile.__dict__["tempdir"] = None  # found anew, from TMPDIR
     if fields["layer"]:
         if landlock.abi():
-            landlock.restrict_self(landlock.build(readable, [folder], root.DEVICES))
+            ruleset = landlock.build(readable, [folder], root.DEVICES)
+            landlock.restrict_self(ruleset)
+            os.close(ruleset)
         home = Home(folder, folder)
     else:
         home = Home(folder, home.domain)
