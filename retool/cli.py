@@ -169,7 +169,7 @@ def sandbox_serve(
     host: Annotated[str, typer.Option(help="Address; anything but this machine's own needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     uds: Annotated[str | None, typer.Option(help="Unix socket instead of host and port.")] = None,
-    profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "py-math",
+    profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Executions at once; 0: 1.5 a core.")] = 0,
     tier: Annotated[str | None, typer.Option(help="Insist on one isolation tier.")] = None,
     require: Annotated[list[str] | None, typer.Option(help="Property that the tier must have; repeatable.")] = None,
@@ -213,6 +213,25 @@ def sandbox_doctor() -> None:
     from retool.sandbox_command import print_capabilities
 
     print_capabilities()
+
+
+@sandbox_app.command("bench")
+def sandbox_bench(
+    seconds: Annotated[float, typer.Option(min=0.5, help="Length of each measurement.")] = 5.0,
+    tier: Annotated[str | None, typer.Option(help="Measure this tier; default: the strongest that holds.")] = None,
+    profile: Annotated[list[str] | None, typer.Option(help="Profiles to measure (repeatable).")] = None,
+    part: Annotated[list[str] | None, typer.Option(help="Measure only this part (repeatable).")] = None,
+    vs: Annotated[str, typer.Option(help="URL of another server with SandboxFusion's API, for a comparison.")] = "",
+    output: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer repetitions: a smoke test, not a measurement.")] = False,
+) -> None:
+    """Measure the sandbox on this machine: throughput, latency, sessions, overload, beside a cold Python.
+
+    Parts: embedded, http, sessions, snippets, overload. The machine should be quiet; its load is reported.
+    """
+    from retool.bench_command import bench
+
+    raise typer.Exit(bench(seconds, tier, profile or [], part or [], vs, output, quick))
 
 
 @sandbox_app.command("attack")

@@ -22,7 +22,7 @@ from sandbox.local_session import LocalSession
 from sandbox.profiles import AUTO, PROFILES, available
 from sandbox.results import decode_error, decode_result
 from sandbox.supervisor.settings import Settings
-from sandbox.tiers import BY_NAME
+from sandbox.tiers import BY_NAME, unknown_properties
 from sandbox.types import ExecResult, Limits, SandboxError, SandboxUnavailable, Session, SessionOpening
 
 
@@ -73,6 +73,8 @@ class LocalSandbox:
     ) -> None:
         installed = available()
         check_profile(profile, installed)
+        if problem := unknown_properties(require):
+            raise ValueError(problem)
         if tier is not None and tier not in BY_NAME:
             raise ValueError(f"unknown tier {tier!r}: choose from {', '.join(BY_NAME)}")
         cores = len(os.sched_getaffinity(0))

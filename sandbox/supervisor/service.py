@@ -31,7 +31,7 @@ from sandbox.supervisor.sessions_live import Admission, Request
 from sandbox.supervisor.sessions_wire import SessionRequests
 from sandbox.supervisor.settings import Settings
 from sandbox.supervisor.unit import Child, Unit
-from sandbox.tiers import BY_NAME, NONE, TIERS, Tier
+from sandbox.tiers import BY_NAME, NONE, TIERS, Tier, lacking
 from sandbox.types import (
     ConfinementUnavailable,
     ExecResult,
@@ -139,6 +139,9 @@ class Service:
         with Probe(self.settings) as probe:
             first = self._first_settings()
             for tier in self._candidates():
+                if lack := lacking(tier, self.settings.require, self._groups is not None):
+                    failures.append(f"  {tier.name}: {lack}")
+                    continue
                 pool = Pool(first, tier, self.uid_base, self.counts, self._groups)
                 try:
                     reason = await attempt(probe, pool) if tier is not NONE else await _starts(pool)
@@ -152,7 +155,7 @@ class Service:
                 await pool.close()
                 failures.append(f"  {tier.name}: {reason}\n    needs {tier.needs}")
         raise ConfinementUnavailable(
-            "no isolation tier holds on this machine:\n"
+            f"no isolation tier {'gives what is required' if self.settings.require else 'holds'} on this machine:\n"
             + "\n".join(failures)
             + "\nFix one of these, or pass allow_unconfined=True to run code you trust without isolation."
         )
@@ -257,6 +260,7 @@ class Service:
             "profiles": list(self.settings.profiles),
             "profile": self.settings.profile,
             "fork": not tier.deny_fork,
+            "properties": [*tier.properties, *(["total_memory"] if self._groups else [])],
             "cgroup": self._groups.driver.name if self._groups else "none",
             "limits": self.settings.limits.__dict__,
             "workers": self.settings.workers,

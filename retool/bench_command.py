@@ -1,0 +1,78 @@
+"""`retool sandbox bench`: the figures of this machine as tables, and as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+from retool.console import console, table
+from retool.errors import UserError
+from retool.files import write_json
+from sandbox.bench.main import Options, measure
+from sandbox.profiles import AUTO, available
+from sandbox.tiers import BY_NAME
+
+_HEADER = ["where", "callers", "per second", "p50 ms", "p95 ms", "p99 ms", "not ok"]
+
+
+def _cells(where: str, row: dict[str, Any]) -> list[str]:
+    callers = row.get("callers", f"{row['arrivals_per_s']}/s" if "arrivals_per_s" in row else "")
+    other = ", ".join(f"{count} {status}" for status, count in row["other"].items())
+    figures = [f"{row[name]:g}" for name in ("per_s", "p50_ms", "p95_ms", "p99_ms")]
+    return [where, str(callers), *figures, other]
+
+
+def _print(report: dict[str, Any]) -> None:
+    rows = []
+    for part in ("embedded", "http"):
+        for found in report.get(part, []):
+            where = " ".join(filter(None, (part, found.get("tier"), found["profile"])))
+            rows += [_cells(where, row) for row in found["ladder"]]
+            rows.append(_cells(f"{where}, half load", found["half_load"]))
+    rows += [_cells(f"{row['peer']}, {row['code']}", row) for row in report.get("peers", [])]
+    if overload := report.get("overload"):
+        for name, callers in zip(("peak", "overload"), overload["callers"], strict=True):
+            rows.append(_cells(f"http py-bare, {name}", {**overload[name], "callers": callers}))
+    if rows:
+        console.print(table("print(1), one process per run", _HEADER, rows))
+    if overload:
+        console.print(f"goodput under ten times the callers: {overload['goodput_ratio']:.2f} of the peak")
+    if found := report.get("snippets"):
+        header = ["snippet", "computing ms", "service ms", "overhead ms", "cold Python ms", "ratio"]
+        cells = [[str(value) for value in row.values()] for row in found["rows"]]
+        console.print(table("snippets over HTTP", header, cells))
+        console.print(
+            f"median overhead {found['overhead_p50_ms']} ms, cold Python {found['cold_ratio_p50']} times as long"
+        )
+    if found := report.get("sessions"):
+        console.print_json(data=found)
+
+
+def bench(
+    seconds: float,
+    tier: str | None,
+    profiles: list[str],
+    parts: list[str],
+    versus: str,
+    output: Path | None,
+    quick: bool,
+) -> int:
+    """Measure and print. Raises `UserError` for a tier, profile or part that does not exist."""
+    known = {"tier": [*BY_NAME], "profile": [*available(), AUTO], "part": [*Options.parts]}
+    for name, values in (("tier", [tier] if tier else []), ("profile", profiles), ("part", parts)):
+        for value in values:
+            if value not in known[name]:
+                raise UserError(f"--{name} {value!r}: choose from {', '.join(known[name])}")
+    options = Options(
+        seconds, tier, tuple(profiles) or Options.profiles, versus.rstrip("/"), tuple(parts) or Options.parts, quick
+    )
+    try:
+        report = asyncio.run(measure(options, lambda what: console.print(f"measuring {what} …", style="dim")))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"the measurement stopped: {error}") from None
+    _print(report)
+    if output is not None:
+        write_json(output, report)
+        console.print(f"written to {output}", markup=False)
+    return 0
