@@ -169,7 +169,7 @@ def sandbox_serve(
     host: Annotated[str, typer.Option(help="Address; anything but this machine's own needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     uds: Annotated[str | None, typer.Option(help="Unix socket instead of host and port.")] = None,
-    profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "py-math",
+    profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Executions at once; 0: 1.5 a core.")] = 0,
     tier: Annotated[str | None, typer.Option(help="Insist on one isolation tier.")] = None,
     require: Annotated[list[str] | None, typer.Option(help="Property that the tier must have; repeatable.")] = None,

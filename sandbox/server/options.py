@@ -23,7 +23,7 @@ class ServeOptions:
     host: str = "127.0.0.1"
     port: int = 8080
     uds: str | None = None
-    profile: str = "py-math"
+    profile: str = "auto"
     workers: int = 0
     tier: str | None = None
     require: tuple[str, ...] = ()
