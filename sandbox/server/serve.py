@@ -22,6 +22,7 @@ from sandbox.local import LocalSandbox
 from sandbox.server.app import create_app
 from sandbox.server.gate import Gate
 from sandbox.server.options import ServeError, ServeOptions
+from sandbox.server.protocol import JoiningProtocol
 from sandbox.server.state import ServerState
 from sandbox.server.tokens import Tokens, load_tokens
 
@@ -69,7 +70,7 @@ async def _serve(options: ServeOptions, tokens: Tokens, listener: socket.socket)
         app = create_app(state)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=JoiningProtocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
