@@ -215,6 +215,18 @@ def sandbox_doctor() -> None:
     print_capabilities()
 
 
+@sandbox_app.command("attack")
+def sandbox_attack(
+    tier: Annotated[str | None, typer.Option(help="ns, uid or self; default: the strongest that holds here.")] = None,
+    only: Annotated[str, typer.Option(help="Part of a name, a theme, or a number such as `#15`.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Run the attack battery with its controls. Exit code 1 when anything gets through."""
+    from retool.attack_command import attack
+
+    raise typer.Exit(attack(tier, only, as_json))
+
+
 @data_app.command("generate")
 def data_generate(recipe: RecipeArg, overrides: Overrides = None) -> None:
     """Write cold-start traces; every code block is executed, every answer verified. Resumable."""
