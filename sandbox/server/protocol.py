@@ -1,6 +1,6 @@
 """uvicorn's HTTP/1.1 protocol with one difference: an answer leaves in one write, not its head and body apart.
 
-Each write is a system call that wakes the client; for answers of a few hundred bytes that is most of what sending costs.
+Each write is a system call that wakes the client; for answers of a few hundred bytes that is most of the cost.
 """
 
 from __future__ import annotations
