@@ -170,7 +170,7 @@ class LocalSandbox:
             "op": "exec",
             "code": code,
             "stdin": stdin,
-            "limits": asdict(limits or self.limits),
+            "limits": vars(limits or self.limits),
             "seed": seed,
             "key": idempotency_key,
         }

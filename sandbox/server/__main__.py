@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--uds")
-    parser.add_argument("--profile", default="py-math")
+    parser.add_argument("--profile", default="auto")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--queue", type=int, default=1000)
     parser.add_argument("--tier")

@@ -22,6 +22,7 @@ from sandbox.local import LocalSandbox
 from sandbox.server.app import create_app
 from sandbox.server.gate import Gate
 from sandbox.server.options import ServeError, ServeOptions
+from sandbox.server.protocol import JoiningProtocol
 from sandbox.server.state import ServerState
 from sandbox.server.tokens import Tokens, load_tokens
 
@@ -63,13 +64,24 @@ def _sandbox(options: ServeOptions) -> LocalSandbox:
         raise ServeError(str(error)) from None
 
 
+async def _check_required(options: ServeOptions, box: LocalSandbox) -> None:
+    """Raises `ServeError` unless every required property was shown to hold."""
+    shown = (await box.capabilities()).get("properties") or {}
+    held = {name for name in shown if not isinstance(shown, dict) or shown[name]}
+    missing = [name for name in options.require if name not in held]
+    if missing:
+        known = ", ".join(sorted(held)) or "nothing"
+        raise ServeError(f"--require {', '.join(missing)}: tier {box.tier} was not shown to give it; it gives {known}")
+
+
 async def _serve(options: ServeOptions, tokens: Tokens, listener: socket.socket) -> None:
     async with _sandbox(options) as box:
+        await _check_required(options, box)
         state = ServerState(box, options, tokens)
         app = create_app(state)
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=JoiningProtocol,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -81,23 +93,28 @@ async def _serve(options: ServeOptions, tokens: Tokens, listener: socket.socket)
             backlog=_BACKLOG,
             timeout_graceful_shutdown=2,
         )
-        server = _Server(config, app, state)
-        print(
-            f"sandbox: {options.url}  tier {box.tier}  profile {options.profile}  "
-            f"token {'needed' if tokens.required else 'not needed'}  docs {DOCS} and /docs",
-            flush=True,
-        )
+        server = _Server(config, app, state, options.url)
         await server.serve(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
     """Drains on the first signal and ends at the second."""
 
-    def __init__(self, config: uvicorn.Config, gate: Gate, state: ServerState) -> None:
+    def __init__(self, config: uvicorn.Config, gate: Gate, state: ServerState, url: str) -> None:
         super().__init__(config)
-        self.gate, self.state = gate, state
+        self.gate, self.state, self.url = gate, state, url
         self._loop = asyncio.get_running_loop()
         self._draining: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it serves once signals are handled and connections are accepted."""
+        await super().startup(sockets)
+        state = self.state
+        print(
+            f"sandbox: {self.url}  tier {state.box.tier}  profile {state.options.profile}  "
+            f"token {'needed' if state.tokens.required else 'not needed'}  docs {DOCS} and /docs",
+            flush=True,
+        )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called in the main thread, between any two instructions."""

@@ -7,8 +7,7 @@ import secrets
 import time
 from typing import Any
 
-from sandbox.local import LocalSandbox
-from sandbox.profiles import PROFILES
+from sandbox.local import LocalSandbox, check_profile
 from sandbox.server.health_probe import Health
 from sandbox.server.metrics import Metrics
 from sandbox.server.models import ExecRequest, LimitsModel
@@ -19,7 +18,6 @@ from sandbox.server.replies import Refused, Reply, error_reply, overloaded, resu
 from sandbox.server.tokens import Tokens
 from sandbox.types import ExecResult, Limits, SandboxError, SandboxOverloaded, SessionError, Status
 
-AUTO = "auto"
 MAX_HELD_BYTES = 512 * 1024 * 1024
 """Request bytes in memory at once; more is refused with 429."""
 _OVERHEAD_S = 0.003  # of one execution, beyond its own wall time: for estimates only
@@ -78,12 +76,13 @@ class ServerState:
             raise Refused(422, "invalid_request", f"limits: this server allows {most_s:g} s and {most_mb} MiB at most")
         return limits
 
-    @staticmethod
-    def check_profile(name: str | None) -> None:
-        """Raises `Refused` (422) for a profile that does not exist."""
-        if name is not None and name not in PROFILES and name != AUTO:
-            known = ", ".join(sorted({*PROFILES, AUTO}))
-            raise Refused(422, "invalid_request", f"profile: {name!r} is unknown: choose from {known}")
+    def check_profile(self, name: str | None) -> None:
+        """Raises `Refused` (422) for a profile that does not exist here."""
+        if name is not None:
+            try:
+                check_profile(name, self.box.settings.profiles)
+            except (ValueError, SandboxError) as error:
+                raise Refused(422, "invalid_request", f"profile: {error}") from None
 
     # --- running ------------------------------------------------------------------------------------------------
 

@@ -96,6 +96,7 @@ def test_a_token_is_needed_and_goes_nowhere(tmp_path: Path) -> None:
         ([], {"RETOOL_SANDBOX_TOKEN": "short"}, "16 or more"),
         (["--tier", "bogus"], {}, "bogus"),
         (["--profile", "bogus"], {}, "bogus"),
+        (["--require", "bogus"], {}, "bogus"),
         (["--host", "256.1.1.1", "--token-file", "TOKENS"], {}, "256.1.1.1"),
         (["--uds", "/no/such/folder/socket"], {}, "/no/such/folder/socket"),
         (["--wall", "10", "--max-wall", "5"], {}, "exceed"),
