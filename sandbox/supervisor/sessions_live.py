@@ -96,7 +96,7 @@ class LiveSession:
         self.limits = tree.limits
         self.step = 0
         self.past = Past()
-        self.depth = self.domain = self.forks = 0
+        self.depth = self.forks = 0
         self.ttl_s = self.expires = 0.0
         self.running: Step | None = None
         self.claimed = False
