@@ -161,7 +161,7 @@ async def test_one_shot_files(box: LocalSandbox) -> None:
 
 async def test_files_while_threads_write(box: LocalSandbox) -> None:
     writer = (
-        "import threading\ndef loop():\n  n = 0\n  while True:\n    n += 1\n    open('f', 'w').write('z' * (n % 5000))\n"
+        "import threading\ndef loop():\n  n = 0\n  while True:\n    n += 1; open('f', 'w').write('z' * (n % 5000))\n"
         "open('f', 'w').close()\nthreading.Thread(target=loop, daemon=True).start()"
     )
     async with box.session() as session:
