@@ -1,10 +1,11 @@
-# retool: `make demo` is the main job, `make test` runs what needs neither a GPU nor Docker.
+# retool: `make demo` is the main job, `make test` runs what needs neither a GPU nor Docker
+# (with a Docker engine that runs already, it attacks the container too).
 # Everything goes into .venv; a second call reuses it. Paths are relative, so a folder with spaces in its name is fine.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test test-stack lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -15,7 +16,7 @@ $(STAMP): pyproject.toml requirements/cpu.txt
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or run make PYTHON=/path/to/python3.11"; exit 2; }
 	@test -x $(PY) || "$(PYTHON)" -m venv .venv
 	@echo "installing into .venv (the first time this takes a few minutes)"
-	@if command -v nvidia-smi >/dev/null 2>&1; then $(PY) -m pip install -q --disable-pip-version-check -e '.[train,dev]'; \
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(PY) -m pip install -q --disable-pip-version-check -e '.[train,serve,dev]'; \
 	else $(PY) -m pip install -q --disable-pip-version-check -r requirements/cpu.txt && $(PY) -m pip install -q --disable-pip-version-check --no-deps -e .; fi
 	@touch $(STAMP)
 
@@ -24,6 +25,9 @@ demo: $(STAMP)      ## cold start -> SFT -> RL with the live sandbox -> evaluati
 
 test: $(STAMP)      ## the whole test-suite (TESTS="tests/x" for a part)
 	@$(PY) -m pytest $(TESTS)
+
+test-stack: $(STAMP) ## build, start and attack the container (starts a Docker engine where none runs, as root)
+	@RETOOL_STACK=1 $(PY) -m pytest tests/stack -m stack -v
 
 lint: $(STAMP)      ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

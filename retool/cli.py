@@ -18,7 +18,7 @@ from rich.markup import escape
 from retool import __version__
 from retool.console import console, errors
 from retool.errors import UserError
-from sandbox.types import ConfinementUnavailable, SandboxError
+from sandbox.types import ConfinementUnavailable, Limits, SandboxError
 
 app = typer.Typer(
     name="retool",
@@ -164,12 +164,67 @@ def sandbox_run(
     raise typer.Exit(run_code(sys.stdin.read() if code == "-" else code, profile, wall, memory))
 
 
+@sandbox_app.command("serve")
+def sandbox_serve(
+    host: Annotated[str, typer.Option(help="Address; anything but this machine's own needs a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
+    uds: Annotated[str | None, typer.Option(help="Unix socket instead of host and port.")] = None,
+    profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "py-math",
+    workers: Annotated[int, typer.Option(min=0, help="Executions at once; 0: 1.5 a core.")] = 0,
+    tier: Annotated[str | None, typer.Option(help="Insist on one isolation tier.")] = None,
+    require: Annotated[list[str] | None, typer.Option(help="Property that the tier must have; repeatable.")] = None,
+    token_file: Annotated[
+        str | None, typer.Option(help="Bearer tokens, one a line (or $RETOOL_SANDBOX_TOKEN).")
+    ] = None,
+    max_sessions: Annotated[int | None, typer.Option(min=0, help="Most open sessions.")] = None,
+    queue: Annotated[int, typer.Option(min=0, help="Executions that may wait; more get 429.")] = 1000,
+    wall: Annotated[float, typer.Option(min=0.01, help="Default wall clock limit, seconds.")] = 5.0,
+    memory: Annotated[int, typer.Option(min=16, help="Default memory limit, MiB.")] = 512,
+    max_wall: Annotated[float, typer.Option(min=0.01, help="Most seconds that a request may ask for.")] = 300.0,
+    max_memory: Annotated[int, typer.Option(min=16, help="Most MiB that a request may ask for.")] = 16384,
+    drain: Annotated[float, typer.Option(min=0, help="Seconds that running work gets after SIGTERM.")] = 30.0,
+    allow_unconfined: Annotated[bool, typer.Option(help="Serve without isolation when no tier holds.")] = False,
+) -> None:
+    """Serve the sandbox over HTTP: native API, SandboxFusion's endpoints, metrics (docs/sandbox-api.md)."""
+    from retool.sandbox_command import serve_forever
+
+    serve_forever(
+        host=host,
+        port=port,
+        uds=uds,
+        profile=profile,
+        workers=workers,
+        tier=tier,
+        require=tuple(require or ()),
+        token_file=token_file,
+        max_sessions=max_sessions,
+        queue=queue,
+        limits=Limits(wall_s=wall, cpu_s=wall, memory_mb=memory),
+        max_wall_s=max_wall,
+        max_memory_mb=max_memory,
+        drain_s=drain,
+        allow_unconfined=allow_unconfined,
+    )
+
+
 @sandbox_app.command("doctor")
 def sandbox_doctor() -> None:
     """Attack this machine's isolation tiers and print what each one holds."""
     from retool.sandbox_command import print_capabilities
 
     print_capabilities()
+
+
+@sandbox_app.command("attack")
+def sandbox_attack(
+    tier: Annotated[str | None, typer.Option(help="ns, uid or self; default: the strongest that holds here.")] = None,
+    only: Annotated[str, typer.Option(help="Part of a name, a theme, or a number such as `#15`.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Run the attack battery with its controls. Exit code 1 when anything gets through."""
+    from retool.attack_command import attack
+
+    raise typer.Exit(attack(tier, only, as_json))
 
 
 @data_app.command("generate")

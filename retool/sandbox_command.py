@@ -1,9 +1,10 @@
-"""`retool sandbox run` and `retool sandbox doctor`."""
+"""`retool sandbox run`, `serve` and `doctor`."""
 
 from __future__ import annotations
 
 import asyncio
 import sys
+from typing import Any
 
 from retool.console import console, errors, table
 from retool.errors import UserError
@@ -23,6 +24,19 @@ def run_code(code: str, profile: str, wall: float, memory: int) -> int:
     if result.status is not Status.OK:
         errors.print(f"{result.status.value} after {result.usage.wall_ms:.0f} ms ({result.isolation})", markup=False)
     return 0 if result.ok else 1
+
+
+def serve_forever(**values: Any) -> None:
+    """Serve over HTTP until SIGTERM. `values`: fields of `ServeOptions`. Raises `UserError` when it cannot start."""
+    try:
+        from sandbox.server.options import ServeError, ServeOptions
+        from sandbox.server.serve import serve
+    except ImportError as missing:
+        raise UserError(f"serving needs the package {missing.name}: pip install 'retool-rl[serve]'") from None
+    try:
+        serve(ServeOptions(**values))
+    except ServeError as error:
+        raise UserError(str(error)) from None
 
 
 def print_capabilities() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,11 +11,13 @@ from typing import Any
 from retool.config import Recipe, SandboxConfig
 from retool.engines.base import Engine
 from retool.engines.transformers_engine import TransformersEngine
+from retool.errors import UserError
 from retool.protocols import build_protocol
 from retool.protocols.base import ToolProtocol
 from retool.protocols.codec import Codec
 from retool.rewards import Rewarder
 from sandbox.local import LocalSandbox
+from sandbox.remote import RemoteSandbox
 from sandbox.types import Limits, Sandbox
 
 
@@ -29,13 +32,16 @@ class Workshop:
     engine: Engine
 
 
-def make_sandbox(config: SandboxConfig) -> LocalSandbox:
-    """The sandbox of a recipe, not yet started."""
+def make_sandbox(config: SandboxConfig) -> LocalSandbox | RemoteSandbox:
+    """The sandbox of a recipe, not yet started. Raises `UserError` when its token is not there."""
+    limits = Limits(wall_s=config.wall_s, cpu_s=config.cpu_s, memory_mb=config.memory_mb)
+    if config.kind == "remote":
+        token = os.environ.get(config.token_env) if config.token_env is not None else None
+        if config.token_env is not None and not token:
+            raise UserError(f"sandbox.token_env: the environment has no variable {config.token_env}, or an empty one")
+        return RemoteSandbox(config.urls, token=token, profile=config.profile, limits=limits)
     return LocalSandbox(
-        profile=config.profile,
-        workers=config.workers,
-        limits=Limits(wall_s=config.wall_s, cpu_s=config.cpu_s, memory_mb=config.memory_mb),
-        allow_unconfined=config.allow_unconfined,
+        profile=config.profile, workers=config.workers, limits=limits, allow_unconfined=config.allow_unconfined
     )
 
 

@@ -28,7 +28,7 @@ UID = Tier(
     "uid",
     own_uid=True,
     landlock=True,
-    needs="root with SETUID, SETGID, KILL and CHOWN (in Docker: run as root), Landlock (Linux 5.13) and an "
+    needs="root with SETUID, SETGID and KILL (in Docker: run as root), Landlock (Linux 5.13) and an "
     "interpreter that other users can read",
 )
 SELF = Tier("self", landlock=True, deny_fork=True, needs="Landlock with signal scoping (Linux 6.12)")

@@ -99,14 +99,19 @@ class ProtocolConfig(Section):
 class SandboxConfig(Section):
     """Which sandbox runs model-written code."""
 
-    kind: Literal["local"] = "local"
-    """`local` is embedded: a supervisor process over a unix socket."""
-    profile: Literal["py-bare", "py-math"] = "py-math"
-    """Which modules the warm interpreter has imported."""
+    kind: Literal["local", "remote"] = "local"
+    """`local` is embedded: a supervisor process over a unix socket. `remote`: servers started with
+    `retool sandbox serve`, at `urls`."""
+    urls: tuple[str, ...] = ()
+    """Servers of a remote sandbox: `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. Calls go to the least loaded."""
+    token_env: str | None = None
+    """Name of the environment variable that holds the servers' token; the token itself never stands in a recipe."""
+    profile: Literal["auto", "py-bare", "py-math", "py-data"] = "py-math"
+    """Which modules the warm interpreter has imported; `auto` looks at what the code imports."""
     workers: int | None = Field(None, ge=1)
-    """Executions at once; default: 1.5 per core."""
+    """Executions at once; default: 1.5 per core. Of a local sandbox only: servers have their own."""
     allow_unconfined: bool = False
-    """Run without isolation when this machine offers none. Never for code you do not trust."""
+    """Run without isolation when this machine offers none. Never for code you do not trust. Local only."""
     wall_s: float = Field(5.0, gt=0)
     """Wall clock limit of one execution in seconds."""
     cpu_s: float = Field(5.0, gt=0)
@@ -115,6 +120,19 @@ class SandboxConfig(Section):
     """Memory of one execution in MiB, beyond what the warm interpreter holds."""
     retries: int = Field(3, ge=0)
     """How often an infrastructure failure is tried again before the trajectory is dropped."""
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> SandboxConfig:
+        if self.kind == "remote" and not self.urls:
+            raise ValueError("sandbox.kind remote needs sandbox.urls, e.g. sandbox.urls=[http://127.0.0.1:8080]")
+        if self.kind == "remote" and (self.workers is not None or self.allow_unconfined):
+            raise ValueError("sandbox.workers and sandbox.allow_unconfined belong to the server of a remote sandbox")
+        if self.kind == "local" and (self.urls or self.token_env is not None):
+            raise ValueError("sandbox.urls and sandbox.token_env need sandbox.kind remote")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://", "unix:")):
+                raise ValueError(f"sandbox.urls: {url!r}: write http://HOST:PORT, https://HOST or unix:/PATH")
+        return self
 
 
 class RewardConfig(Section):

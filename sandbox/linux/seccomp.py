@@ -52,7 +52,7 @@ def _returns_if_equal(values: Iterable[int], result: int) -> Rule:
 def _argument_rules(pid: int, deny_fork: bool) -> dict[str, Rule]:
     """What to do with the calls of `SPECIAL`. Every rule ends in a return."""
     allow, deny, missing = (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY), (_RET, 0, 0, _MISSING)
-    own = (pid, 0, -1, -pid)
+    everybody, own_group = -1 & 0xFFFFFFFF, -pid & 0xFFFFFFFF
     rules: dict[str, Rule] = {
         "clone": [_arg(0), (_JSET, 0, 1, _NEW_NAMESPACES), deny],
         "clone3": [missing],
@@ -61,9 +61,14 @@ def _argument_rules(pid: int, deny_fork: bool) -> dict[str, Rule]:
         "io_uring_register": [missing],
         # AF_UNIX stream pairs only: a datagram end could be re-addressed to somebody else's socket.
         "socketpair": [_arg(0), (_JEQ, 0, 4, 1), _arg(1), (_AND, 0, 0, 0xF), (_JEQ, 0, 1, 1), allow, deny],
-        "kill": [_arg(1), (_JEQ, 1, 0, _SIGKILL), allow, _arg(0), *_returns_if_equal(own, _DENY), allow],
+        # SIGKILL: to other groups only. A single number might be one of our own threads, and killing that kills us:
+        # tgkill names the process as well, so it alone may kill others one by one (the runner's os.kill uses it).
+        "kill": [
+            *(_arg(1), (_JEQ, 1, 0, _SIGKILL), allow, _arg(0), (_JGE, 1, 0, 0x80000000), deny),
+            *(*_returns_if_equal((everybody, own_group), _DENY), allow),
+        ],
         "tkill": [_arg(1), (_JEQ, 0, 1, _SIGKILL), deny, allow],
-        "tgkill": [_arg(2), (_JEQ, 0, 1, _SIGKILL), deny, allow],
+        "tgkill": [_arg(2), (_JEQ, 1, 0, _SIGKILL), allow, _arg(0), (_JEQ, 0, 1, pid), deny, allow],
         "prctl": [_arg(0), *_returns_if_equal(_PRCTL_ALLOWED, _ALLOW), deny],
         "ioctl": [_arg(1), *_returns_if_equal((0x5412, 0x541C), _DENY), allow],  # TIOCSTI, TIOCLINUX
         "fcntl": [_arg(1), *_returns_if_equal((8, 10, 15), _DENY), allow],  # F_SETOWN, F_SETSIG, F_SETOWN_EX
@@ -129,14 +134,13 @@ def build_tree_lock() -> bytes:
 
     A copy that was killed by its original would look like our machine's fault.
     """
-    program: Rule = [
-        (_LD, 0, 0, 0),
-        *((_JEQ, 0, 3, SPECIAL[MACHINE]["kill"]), _arg(1), (_JEQ, 0, 1, _SIGKILL), (_RET, 0, 0, _DENY)),
-    ]
+    allow, deny = (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY)
+    program: Rule = [(_LD, 0, 0, 0)]
+    for name, signal in (("kill", 1), ("tkill", 1), ("tgkill", 2)):
+        program += [(_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(signal), (_JEQ, 0, 1, _SIGKILL), deny, allow]
     for name in ("prlimit64", "sched_setaffinity"):
-        rule: Rule = [(_LD, 0, 0, 0), (_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(0)]
-        program += [*rule, (_JEQ, 0, 1, 0), (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY)]
-    program.append((_RET, 0, 0, _ALLOW))
+        program += [(_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(0), (_JEQ, 0, 1, 0), allow, deny]
+    program.append(allow)
     return b"".join(_instruction(*step) for step in program)
 
 

@@ -38,8 +38,8 @@ PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 
 _NUMBERS = {
-    "x86_64": {"capset": 126, "pivot_root": 155, "mount_setattr": 442},
-    "aarch64": {"capset": 91, "pivot_root": 41, "mount_setattr": 442},
+    "x86_64": {"capset": 126, "pivot_root": 155, "mount_setattr": 442, "tgkill": 234},
+    "aarch64": {"capset": 91, "pivot_root": 41, "mount_setattr": 442, "tgkill": 131},
 }
 SUPPORTED = MACHINE in _NUMBERS
 """Whether this processor's call numbers are known (x86_64 and aarch64)."""
@@ -120,6 +120,11 @@ def prctl(option: int, value: int = 0, third: int = 0) -> int:
     result = int(_PRCTL(option, value, third, 0, 0))
     _checked(f"prctl({option})", result)
     return result
+
+
+def kill_process(pid: int) -> None:
+    """SIGKILL to the process whose first thread is `pid`; raises `ProcessLookupError` for the id of another thread."""
+    syscall("tgkill", _NUMBERS[MACHINE]["tgkill"], ctypes.c_int(pid), ctypes.c_int(pid), ctypes.c_int(9))
 
 
 def name_process(name: str) -> None:

@@ -6,6 +6,8 @@ import asyncio
 import os
 from collections import Counter, deque
 
+from sandbox.supervisor import folders
+from sandbox.supervisor.cgroups import Group, Groups
 from sandbox.supervisor.settings import Settings
 from sandbox.supervisor.unit import Child, Unit, UnitFailed
 from sandbox.tiers import Tier
@@ -21,13 +23,17 @@ def uids_needed(settings: Settings) -> int:
 class Pool:
     """Keeps a warm unit alive and up to `spare` ready children. `counts` are the supervisor's counters."""
 
-    def __init__(self, settings: Settings, tier: Tier, uid_base: int, counts: Counter[str]) -> None:
-        self.settings, self.tier, self.counts = settings, tier, counts
+    def __init__(
+        self, settings: Settings, tier: Tier, uid_base: int, counts: Counter[str], groups: Groups | None = None
+    ) -> None:
+        self.settings, self.tier, self.counts, self.groups = settings, tier, counts, groups
         self.spare = settings.workers
         self.uid_base = uid_base
         self._free_uids = deque(range(uid_base, uid_base + uids_needed(settings), 2))
-        self._known_uids = {0}
+        self._known_uids: set[int] = set()
         self._ready: deque[Child] = deque()
+        self._uid_freed = asyncio.Event()
+        self._clearing: set[asyncio.Task[None]] = set()
         self._unit: Unit | None = None
         self._starting = asyncio.Lock()
         self._refilling: asyncio.Task[None] | None = None
@@ -40,9 +46,8 @@ class Pool:
                 return self._unit
             if self._unit is not None:
                 self.counts["restarts"] += 1
-                for child in self._ready:
-                    child.close()
-                self._ready.clear()
+                while self._ready:
+                    self._forget(self._ready.pop())
                 await self._unit.stop()
             unit = Unit(self.settings, self.tier, self.uid_base)
             try:
@@ -64,16 +69,27 @@ class Pool:
 
     async def _spawn(self, unit: Unit) -> Child:
         async with self._spawn_slots:
-            uid = self._free_uids.popleft() if self.tier.own_uid else 0
+            uid = await self._take_uid() if self.tier.own_uid else 0
+            group = None
             try:
-                if uid not in self._known_uids:  # nothing that an earlier supervisor left behind may be in the way
+                group = self.groups.take() if self.groups else None
+                if uid and uid not in self._known_uids:  # an earlier supervisor may have left something behind
                     await unit.purge(uid, uid)
                     self._known_uids.add(uid)
-                return await unit.spawn(uid)
+                return await unit.spawn(uid, group)
+            except OSError as error:
+                self._release(uid, group)
+                raise SandboxInfraError(f"no control group for the run: {error}", "spawn_failed") from None
             except BaseException:
-                if uid:
-                    self._free_uids.append(uid)
+                self._known_uids.discard(uid)
+                self._release(uid, group)
                 raise
+
+    async def _take_uid(self) -> int:
+        while not self._free_uids:  # all others wait for their files to be removed
+            self._uid_freed.clear()
+            await self._uid_freed.wait()
+        return self._free_uids.popleft()
 
     def refill(self) -> None:
         """Make ready children in the background."""
@@ -86,7 +102,7 @@ class Pool:
             while len(self._ready) < self.spare:
                 child = await self._spawn(unit)
                 if unit is not self._unit or unit.lost.is_set():
-                    child.close()
+                    self._forget(child)
                     return
                 self._ready.append(child)
         except SandboxInfraError:
@@ -98,12 +114,37 @@ class Pool:
         self.recycle(unit, child, clean=True)
 
     def recycle(self, unit: Unit, child: Child, clean: bool) -> None:
-        """After a run: forget its files and give its user id back, unless something of it is still alive."""
-        unit.forget(child)
+        """After a run: remove its files and give its user id back, unless something of it is still alive."""
         if not clean:
             self.counts["leaked"] += 1
-        elif child.uid:
-            self._free_uids.append(child.uid)
+            return
+        group, child.group = child.group, None
+        folder = unit.folder(child)
+        if not folder or folders.remove_empty(folder):
+            self._release(child.uid, group)
+        else:  # however much it wrote, nobody waits for the removal
+            task = asyncio.get_running_loop().create_task(self._clear(folder, child.uid, group))
+            self._clearing.add(task)
+            task.add_done_callback(self._clearing.discard)
+
+    async def _clear(self, folder: str, uid: int, group: Group | None) -> None:
+        if await asyncio.to_thread(folders.remove, folder, uid):
+            self._release(uid, group)
+        else:
+            self.counts["leaked"] += 1
+
+    def _release(self, uid: int, group: Group | None) -> None:
+        if uid:
+            self._free_uids.append(uid)
+            self._uid_freed.set()
+        if group is not None and self.groups is not None:
+            self.groups.give_back(group)
+
+    def _forget(self, child: Child) -> None:
+        """A child of a unit that was lost: its user id has to be emptied before it is used again."""
+        child.close()
+        self._known_uids.discard(child.uid)
+        self._release(child.uid, child.group)
 
     def describe(self) -> dict[str, int]:
         """Processes and ready children, for `stats`."""
@@ -120,7 +161,8 @@ class Pool:
         if self._refilling is not None:
             self._refilling.cancel()
             await asyncio.gather(self._refilling, return_exceptions=True)
+        await asyncio.gather(*self._clearing, return_exceptions=True)
         if self._unit is not None:
             await self._unit.stop()
-        for child in self._ready:
-            child.close()
+        while self._ready:
+            self._forget(self._ready.pop())

@@ -72,7 +72,7 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
     tree.unit.adopt(child)
     member = Interpreter(child, pid)
     member.place = place
-    tree.members.add(member)
+    tree.add(member)
     return member
 
 

@@ -37,6 +37,12 @@ class Tree:
         self._parents[self._places] = source.domain
         return Place(str(self._places), source.domain, self._places)
 
+    def add(self, member: Interpreter) -> None:
+        """A new member; the tree may hold that much more memory. Raises `OSError`."""
+        self.members.add(member)
+        if self.root.group is not None:
+            self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
+
     def dead_folders(self, domain: int) -> list[str]:
         """Folders that a member in `domain` may remove, each named once: nobody lives in or below them any more."""
         inhabited = {0}

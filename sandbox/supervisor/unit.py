@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,15 +15,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sandbox import wire
+from sandbox.supervisor import folders
 from sandbox.supervisor.cell import Cell
+from sandbox.supervisor.cgroups import Group
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
-from sandbox.types import SandboxInfraError
+from sandbox.types import Limits, SandboxInfraError
 from sandbox.worker.jail import INIT_SEES_CHILD_AS
 
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 SPAWN_TIMEOUT_S = 20.0
 WARM_TIMEOUT_S = 60.0
+_COPY_MIB = 64
 
 
 _IDENTS = itertools.count(1)
@@ -51,6 +53,7 @@ class Child:
     report: int
     uid: int = 0
     cell: Cell | None = None  # the run's process namespace in tier `ns`
+    group: Group | None = None  # where the machine has control groups; goes back to whoever lent it
     process: int = -1  # pidfd of the child itself
     exited: asyncio.Future[tuple[int, int, int]] = field(default_factory=asyncio.Future)
     """(wait status, CPU microseconds, largest resident KiB), or an exception when the unit is lost."""
@@ -220,20 +223,25 @@ class Unit:
             raise SandboxInfraError(f"no answer from the warm unit: {error}", "spawn_failed") from None
         return answer, received
 
-    async def spawn(self, uid: int) -> Child:
-        """Fork and confine a child that waits for a job. Raises `SandboxInfraError` (spawn_failed, jail_failed)."""
+    async def spawn(self, uid: int, group: Group | None = None) -> Child:
+        """Fork and confine a child that waits for a job, in a control group if one is given.
+
+        Raises `SandboxInfraError` (spawn_failed, jail_failed).
+        """
         ident = next(_IDENTS)
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
         (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
         job_w, job_r = (end.detach() for end in socket.socketpair())  # a socket, because sessions are sent descriptors
-        child = Child(ident, job_w, out_r, err_r, rep_r, uid)
+        child = Child(ident, job_w, out_r, err_r, rep_r, uid, group=group)
         self._children[ident] = child
         try:
             extra: tuple[int, ...] = ()
             if self.tier.namespaces:
                 child.cell = self._cells.pop() if self._cells else await self._new_cell(ident)
                 extra = (child.cell.pidfd,)
-            numbers = (uid, INIT_SEES_CHILD_AS if self.tier.namespaces else 0)
+            if group is not None:
+                extra += (group.procs,)
+            numbers = (uid, INIT_SEES_CHILD_AS if self.tier.namespaces else 0, int(group is not None))
             _, (child.process,) = await self._ask(
                 1, wire.SPAWN, wire.SPAWNED, ident, numbers, (job_r, out_w, err_w, rep_w, *extra)
             )
@@ -248,7 +256,8 @@ class Unit:
             await self._await_ready(child)
         except BaseException:
             await self.destroy(child)
-            self.forget(child)
+            if folder := self.folder(child):
+                await asyncio.to_thread(folders.remove, folder, uid)
             raise
         for fd in (child.stdout, child.stderr, child.report, child.job):
             os.set_blocking(fd, False)
@@ -307,6 +316,11 @@ class Unit:
     def _may_keep(self, cell: Cell) -> bool:
         return cell.reusable and not self.lost.is_set() and len(self._cells) < self.settings.workers
 
+    def group_mib(self, limits: Limits, interpreters: int = 1) -> int:
+        """MiB that the control group of a run may hold: its memory, its files, and what a warm copy makes its own."""
+        files = self.settings.tmp_mb if self.tier.namespaces else 0
+        return interpreters * (limits.memory_mb + _COPY_MIB) + files
+
     async def purge(self, ident: int, uid: int) -> bool:
         """Kill what runs as `uid`; True when nothing is left. Raises `SandboxInfraError`."""
         numbers, _ = await self._ask(0, wire.PURGE, wire.PURGE, ident, (uid,))
@@ -319,10 +333,9 @@ class Unit:
         finally:
             child.close()
 
-    def forget(self, child: Child) -> None:
-        """Remove the files of a child whose processes are dead."""
-        if not self.tier.namespaces:
-            _remove(f"{self.settings.work_root}/{child.ident}")
+    def folder(self, child: Child) -> str:
+        """The work folder that a child leaves behind; empty in `ns`, where it goes with the namespace."""
+        return "" if self.tier.namespaces else f"{self.settings.work_root}/{child.ident}"
 
     async def stop(self) -> None:
         """End the unit; returns when the warden has gone, which takes everything else with it."""
@@ -351,13 +364,3 @@ async def _read_some(fd: int) -> bytes:
         return os.read(fd, 4096)
     finally:
         loop.remove_reader(fd)
-
-
-def _remove(path: str) -> None:
-    """Remove a work folder. Its processes are dead; `rmtree` never follows links, and `rm` handles any depth."""
-    try:
-        shutil.rmtree(path)
-    except FileNotFoundError:
-        pass
-    except (OSError, RecursionError):
-        subprocess.run(["rm", "-rf", "--", path], check=False, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -80,13 +80,12 @@ def confine(jail: Jail, ident: int, uid: int, pid: int) -> None:
     tier = jail.tier
     workdir = jail.workdir(ident)
     os.umask(0o077)
-    if not tier.namespaces:
-        Path(workdir).mkdir(0o700)
     if tier.namespaces:
         _enter_namespaces(jail)
     elif tier.own_uid:
-        os.chown(workdir, uid, uid)
         _become(uid)
+    if not tier.namespaces:
+        Path(workdir).mkdir(0o700)
     sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
     os.chdir(workdir)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -79,7 +79,8 @@ def _owner(pid: int) -> int:
 class Warden:
     """Serves the supervisor until its socket closes."""
 
-    def __init__(self, control: socket.socket, tier: Tier, zygote: int) -> None:
+    def __init__(self, control: socket.socket, tier: Tier, zygote: int, work_root: str) -> None:
+        self.work_root = work_root
         self.control = control
         self.tier = tier
         self.zygote = zygote
@@ -171,6 +172,15 @@ class Warden:
         if not self.tier.namespaces:
             for uid in self.uids or {0}:
                 self.purge(uid)
+            self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        """What runs left in their work folders, which may be beyond the rights of whoever removes `work_root`."""
+        from sandbox.supervisor import folders
+
+        for entry in Path(self.work_root).iterdir():
+            if entry.name.isdigit():
+                folders.remove(str(entry), entry.lstat().st_uid if self.tier.own_uid else 0)
 
 
 def _kill_as(uid: int) -> None:
@@ -199,6 +209,8 @@ def main(config: dict[str, Any]) -> int:
             enter_namespaces(python_paths, config["uid"])
         else:
             sys_.prctl(sys_.PR_SET_CHILD_SUBREAPER, 1)
+            if tier.own_uid:  # each run makes its own folder here, sees no other and removes none
+                Path(config["work_root"]).chmod(0o1733)
         ruleset = make_ruleset(tier, python_paths)
     except OSError as error:
         print(json.dumps({"step": str(error)}), file=sys.stderr, flush=True)
@@ -212,7 +224,7 @@ def main(config: dict[str, Any]) -> int:
         _zygote(zygote_control, jail, config)
     zygote_control.close()
     os.set_inheritable(control.fileno(), False)
-    Warden(control, tier, pid).serve()
+    Warden(control, tier, pid, config["work_root"]).serve()
     return 0
 
 

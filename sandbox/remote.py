@@ -1,0 +1,350 @@
+"""A sandbox behind URLs: the same interface as the embedded one, over `retool sandbox serve`.
+
+async with RemoteSandbox(["http://10.0.0.5:8080", "http://10.0.0.6:8080"], token=...) as box:
+    print((await box.exec("2**100")).stdout)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import random
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+from sandbox.codec import dumps, encode_bytes, parse_result
+from sandbox.remote_batch import MAX_ITEM_BYTES, Coalescer
+from sandbox.remote_endpoint import Answer, Endpoint, LostRequest
+from sandbox.remote_retry import RetryBudget, backoff
+from sandbox.remote_session import RemoteSession, open_session, restore_sessions
+from sandbox.types import (
+    ExecResult,
+    Limits,
+    SandboxError,
+    SandboxOverloaded,
+    SandboxUnavailable,
+    Session,
+    SessionError,
+    SessionOpening,
+)
+
+QUEUE_S = 30.0
+"""Longest wait in one server's queue before it is asked again, or another is."""
+_MARGIN_S = 10.0
+_COALESCE_FROM = 12
+Attempt = Callable[[float], Awaitable[Answer]]
+
+
+class RemoteSandbox:
+    """Runs Python on one or several servers.
+
+    `urls`: `http://host:port`, `https://host` or `unix:/path`. `token`: bearer token of all of them. `profile`,
+    `limits`: sent with every execution; by default each server's own. `total_s`: seconds that one call may take, with
+    all its retries. `max_in_flight`: executions of this client under way at each server; more wait here.
+    `coalesce`: send executions that are asked for together in batches.
+
+    A call goes to the least loaded server that works. It is retried, under one idempotency key, when the connection
+    breaks, the answer is lost, or the server fails or is overloaded: with jittered, growing pauses, within `total_s`
+    and a budget of retries. Only failures of the infrastructure raise, as with `LocalSandbox`. Cancelling a call does
+    not end what runs already; its limits do.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        *,
+        token: str | None = None,
+        profile: str | None = None,
+        limits: Limits | None = None,
+        total_s: float = 300.0,
+        max_in_flight: int = 256,
+        coalesce: bool = True,
+    ) -> None:
+        names = [urls] if isinstance(urls, str) else list(dict.fromkeys(urls))
+        if not names:
+            raise ValueError("RemoteSandbox needs at least one URL")
+        self.profile, self.limits, self.total_s, self.coalesce = profile, limits, total_s, coalesce
+        self.endpoints = [Endpoint(url, token, max_in_flight) for url in names]
+        self.budget = RetryBudget()
+        self.retries = 0
+        self._rng = random.Random()
+        self._scope = secrets.token_hex(16)
+        self._slots = asyncio.Semaphore(max_in_flight * len(names))
+        self._executing = 0
+        self._coalescer = Coalescer(self.pick)
+        self.default_wall_s = Limits().wall_s
+        self._opened = False
+
+    # --- opening ------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        """Raises `SandboxUnavailable` when no server answers, `SandboxError` when one refuses the token."""
+        self._opened = True
+        found = await asyncio.gather(*(self._greet(endpoint) for endpoint in self.endpoints))
+        failures = [error for error in found if error is not None]
+        refused = [error for error in failures if not isinstance(error, SandboxUnavailable)]
+        if refused or len(failures) == len(self.endpoints):
+            await self.close()
+            raise (refused or failures)[0]
+        return self
+
+    async def _greet(self, endpoint: Endpoint) -> Exception | None:
+        try:
+            answer = await endpoint.send("GET", "/v1/capabilities", seconds=30.0)
+            error = answer.error()
+            if error is None:
+                self.default_wall_s = max(
+                    self.default_wall_s, float(answer.fields().get("limits", {}).get("wall_s", 0.0))
+                )
+            return error
+        except (SandboxError, TypeError, ValueError, AttributeError) as error:
+            return error
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Hang up; sessions on the servers live on until their leases end. May be called twice."""
+        self._opened = False
+        await self._coalescer.close()
+        await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints))
+
+    # --- one call -----------------------------------------------------------------------------------------------
+
+    async def pick(
+        self, seconds: float, prefer: Endpoint | None = None, avoid: Collection[Endpoint] = (), *, sticky: bool = False
+    ) -> Endpoint:
+        """The server for the next attempt: `prefer` when it works, else the least loaded that does (`sticky`: the one
+        with the fewest of our sessions). While none does, waits for the first to be tried again. Raises
+        `SandboxUnavailable` after `seconds`."""
+        end = time.monotonic() + seconds
+        while True:
+            if prefer is not None and prefer.breaker.wait_s() == 0.0:
+                return prefer
+            waits = {each: each.breaker.wait_s() for each in self.endpoints if each not in avoid}
+            usable = [endpoint for endpoint, wait in waits.items() if wait == 0.0]
+            if usable:
+                return min(usable, key=lambda e: (e.sessions if sticky else e.in_flight, self._rng.random()))
+            wait = min(waits.values(), default=seconds)
+            if time.monotonic() + wait >= end:
+                raise SandboxUnavailable(f"none of {', '.join(e.url for e in self.endpoints)} works")
+            await asyncio.sleep(max(wait, 0.005))
+
+    async def persist(self, attempt: Attempt, seconds: float, overload_s: float | None = None) -> Answer:
+        """The answer of the first attempt that gets one, or the last attempt's error. `overload_s`: how long to go on
+        asking servers that are overloaded."""
+        if not self._opened:
+            raise SandboxUnavailable("the sandbox is not open: use `async with RemoteSandbox(...) as box`")
+        self.budget.deposit()
+        started = time.monotonic()
+        number = 0
+        while True:
+            try:
+                answer = await attempt(seconds - (time.monotonic() - started))
+                error = answer.error()
+                if error is None:
+                    return answer
+            except SandboxError as failure:
+                error = failure
+            number += 1
+            if not isinstance(error, SandboxError) or isinstance(error, SessionError) or not error.retryable:
+                raise error
+            wait = backoff(number, error, self._rng)
+            spent = time.monotonic() - started + wait
+            crowded = isinstance(error, SandboxOverloaded)
+            if spent >= seconds or (crowded and overload_s is not None and spent >= overload_s):
+                raise error
+            if not crowded and not self.budget.withdraw():
+                raise error
+            self.retries += 1
+            await asyncio.sleep(wait)
+
+    def key(self, given: str | None) -> str:
+        """An idempotency key of this client's own: another client that uses the same words means something else."""
+        if given is None:
+            return secrets.token_hex(16)
+        return hashlib.sha256(f"{self._scope}:{given}".encode("utf-8", "surrogatepass")).hexdigest()
+
+    # --- executions ---------------------------------------------------------------------------------------------
+
+    async def exec(
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        limits: Limits | None = None,
+        seed: int = 0,
+        idempotency_key: str | None = None,
+        profile: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        fetch: Sequence[str] = (),
+        rich: bool = False,
+        deadline_s: float | None = None,
+    ) -> ExecResult:
+        """As `Sandbox.exec`. Raises `SandboxError`; `ValueError` for arguments that the server refuses."""
+        limits = limits or self.limits
+        profile = profile or self.profile
+        fields: dict[str, Any] = {"code": code, "seed": seed, "idempotency_key": self.key(idempotency_key)}
+        optional = {
+            "stdin": stdin,
+            "limits": asdict(limits) if limits is not None else None,
+            "profile": profile,
+            "files": {path: encode_bytes(data) for path, data in (files or {}).items()},
+            "fetch": list(fetch),
+            "rich": rich,
+        }
+        fields |= {name: value for name, value in optional.items() if value}
+        wall_s = limits.wall_s if limits is not None else self.default_wall_s
+        size = len(code) + len(stdin) + sum(len(data) for data in (files or {}).values())
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(min(self.total_s, deadline_s or self.total_s)):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise SandboxOverloaded(f"{self._executing} executions of this client are under way already") from None
+        self._executing += 1
+        try:
+            left = self.total_s - (time.monotonic() - started)
+            return await self._exec(fields, wall_s, left, size, deadline_s)
+        finally:
+            self._executing -= 1
+            self._slots.release()
+
+    async def _exec(
+        self, fields: dict[str, Any], wall_s: float, seconds: float, size: int, deadline_s: float | None
+    ) -> ExecResult:
+        end = time.monotonic() + (deadline_s if deadline_s is not None else seconds)
+        prefer: Endpoint | None = None
+
+        async def attempt(left: float) -> Answer:
+            nonlocal prefer
+            queue_s = max(0.001, min(QUEUE_S, end - time.monotonic()))
+            fields["deadline_ms"] = 1e3 * queue_s
+            most = min(left, queue_s + wall_s + _MARGIN_S)
+            if self.coalesce and self._executing >= _COALESCE_FROM and size <= MAX_ITEM_BYTES and prefer is None:
+                return await self._coalescer.send(dict(fields), most)
+            endpoint = await self.pick(left, prefer)
+            prefer = None
+            try:
+                return await endpoint.send("POST", "/v1/exec", dumps(fields), seconds=most, headers=_JSON)
+            except LostRequest as lost:
+                prefer = endpoint if lost.sent else None  # it may have run there: its answer is kept
+                raise
+
+        return parse_result((await self.persist(attempt, seconds, deadline_s)).fields())
+
+    # --- sessions -----------------------------------------------------------------------------------------------
+
+    def session(
+        self,
+        *,
+        profile: str | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+        ttl_s: float = 600.0,
+        idempotency_key: str | None = None,
+    ) -> SessionOpening:
+        """As `Sandbox.session`; the session lives on one server."""
+        limits = limits or self.limits
+        fields: dict[str, Any] = {"seed": seed, "ttl_s": ttl_s, "idempotency_key": self.key(idempotency_key)}
+        if profile or self.profile:
+            fields["profile"] = profile or self.profile
+        if limits is not None:
+            fields["limits"] = asdict(limits)
+
+        async def opening() -> Session:
+            return await open_session(self, fields)
+
+        return SessionOpening(opening)
+
+    async def attach(self, session_id: str) -> Session:
+        """As `Sandbox.attach`: asks every server that works."""
+        return await RemoteSession.find(self, session_id)
+
+    async def restore(self, snapshot: str, *, count: int = 1, seeds: Sequence[int] | None = None) -> list[Session]:
+        """As `Sandbox.restore`, on the server that has the snapshot."""
+        return await restore_sessions(self, snapshot, count, seeds)
+
+    async def drop_snapshot(self, snapshot: str) -> None:
+        """As `Sandbox.drop_snapshot`."""
+        await self.everywhere("DELETE", f"/v1/snapshots/{snapshot}", "no_snapshot")
+
+    async def everywhere(
+        self, method: str, path: str, missing: str, body: dict[str, Any] | None = None
+    ) -> tuple[Endpoint, Answer]:
+        """Ask one server after another until one knows the session or snapshot. Raises `SessionError` (`missing`) when
+        all say that they do not."""
+        unreachable: SandboxError | None = None
+        unknown: SandboxError | None = None
+        for endpoint in self.endpoints:
+            try:
+                return endpoint, await self.at(endpoint, method, path, body)
+            except SessionError as error:
+                if error.code != missing:
+                    raise
+                unknown = error
+            except SandboxUnavailable as error:
+                unreachable = error
+        raise unreachable or unknown or SandboxUnavailable("no server")
+
+    async def at(
+        self,
+        endpoint: Endpoint,
+        method: str,
+        path: str,
+        body: dict[str, Any] | bytes | None = None,
+        *,
+        seconds: float = 60.0,
+    ) -> Answer:
+        """A request to one server, retried there; its JSON or bytes may be repeated without harm."""
+        data = dumps(body) if isinstance(body, dict) else body
+        headers = _BYTES if isinstance(body, bytes) else _JSON
+
+        async def attempt(left: float) -> Answer:
+            end = time.monotonic() + left
+            while wait := endpoint.breaker.wait_s():
+                if time.monotonic() + wait >= end:
+                    raise SandboxUnavailable(f"{endpoint.url} does not work")
+                await asyncio.sleep(wait)
+            return await endpoint.send(method, path, data, seconds=min(left, seconds), headers=headers)
+
+        return await self.persist(attempt, min(self.total_s, 2 * seconds))
+
+    # --- looking ------------------------------------------------------------------------------------------------
+
+    async def stats(self) -> dict[str, Any]:
+        """Sums of the servers' counters, `servers` by URL, and this client's `retries`, `batches`, `unreachable`."""
+        found = await asyncio.gather(*(self._ask(endpoint, "/v1/stats") for endpoint in self.endpoints))
+        servers = {endpoint.url: fields for endpoint, fields in zip(self.endpoints, found, strict=True) if fields}
+        total: dict[str, Any] = {}
+        for fields in servers.values():
+            for name, value in fields.items():
+                if isinstance(value, int | float) and not isinstance(value, bool) and not name.endswith("_pid"):
+                    total[name] = total.get(name, 0) + value
+        own = {"retries": self.retries, "batches": self._coalescer.batches, "unreachable": found.count(None)}
+        return {"executions": 0, "leaked": 0, "restarts": 0, **total, **own, "servers": servers}
+
+    async def _ask(self, endpoint: Endpoint, path: str) -> dict[str, Any] | None:
+        try:
+            answer = await endpoint.send("GET", path, seconds=5.0)
+            return answer.fields() if answer.status == 200 else None
+        except SandboxError:
+            return None
+
+    async def capabilities(self) -> dict[str, Any]:
+        """Of the least loaded server that works."""
+
+        async def attempt(left: float) -> Answer:
+            return await (await self.pick(left)).send("GET", "/v1/capabilities", seconds=min(left, 10.0))
+
+        return (await self.persist(attempt, min(self.total_s, 30.0))).fields()
+
+
+_JSON = {"Content-Type": "application/json"}
+_BYTES = {"Content-Type": "application/octet-stream"}

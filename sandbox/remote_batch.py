@@ -1,0 +1,136 @@
+"""Many executions asked for at once share one request: a training step of thousands needs no thousands of sockets.
+
+Off while few are under way: a single execution never waits for company.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import httpx
+
+from sandbox.codec import dumps
+from sandbox.remote_endpoint import MAX_ANSWER, Answer, Endpoint, LostRequest
+from sandbox.types import SandboxError, SandboxProtocolError
+
+WINDOW_S = 0.003
+"""Longest wait for company."""
+MAX_ITEMS = 64
+MAX_ITEM_BYTES = 128 * 1024
+"""A larger request goes alone."""
+
+Item = tuple[dict[str, Any], float, "asyncio.Future[Answer]"]
+
+
+class Coalescer:
+    """`await send(fields, seconds)`: the answer to one execution, sent together with others."""
+
+    def __init__(self, pick: Callable[[float], Awaitable[Endpoint]]) -> None:
+        self._pick = pick
+        self._items: list[Item] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.batches = 0
+
+    async def send(self, fields: dict[str, Any], seconds: float) -> Answer:
+        """Raises what sending the batch raised."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answer] = loop.create_future()
+        self._items.append((fields, seconds, future))
+        if len(self._items) >= MAX_ITEMS:
+            self._flush()
+        elif self._timer is None:
+            self._timer = loop.call_later(WINDOW_S, self._flush)
+        return await future
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        items, self._items = [item for item in self._items if not item[2].done()], []
+        if items:
+            task = asyncio.ensure_future(self._run(items))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, items: list[Item]) -> None:
+        try:
+            await self._exchange(items)
+        except (SandboxError, ValueError) as error:
+            _settle(items, error)
+        except asyncio.CancelledError:
+            _settle(items, LostRequest("the client was closed", sent=True))
+            raise
+        except Exception as error:  # a mistake of ours must not leave callers waiting for ever
+            _settle(items, SandboxProtocolError(f"the batch failed: {error!r:.200}"))
+
+    async def _exchange(self, items: list[Item]) -> None:
+        seconds = max(item[1] for item in items)
+        endpoint = await self._pick(seconds)
+        self.batches += 1
+        body = dumps({"items": [item[0] for item in items]})
+        headers = {"Content-Type": "application/json"}
+        async with endpoint.stream("POST", "/v1/batch", body, seconds=seconds, headers=headers) as response:
+            if response.status_code != 200:
+                whole = Answer(response.status_code, b"".join([chunk async for chunk in _bounded(response)]))
+                endpoint.judge(whole)
+                for _, _, future in items:
+                    if not future.done():
+                        future.set_result(whole)
+                return
+            async for line in _lines(response):
+                index, answer = _parse(line, len(items))
+                if not items[index][2].done():
+                    items[index][2].set_result(answer)
+        _settle(items, LostRequest(f"{endpoint.url} ended a batch early", sent=True))
+
+    async def close(self) -> None:
+        """Give up what is under way."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _settle(items: list[Item], error: Exception) -> None:
+    for _, _, future in items:
+        if not future.done():
+            future.set_exception(error)
+
+
+def _parse(line: bytes, count: int) -> tuple[int, Answer]:
+    try:
+        fields = json.loads(line)
+        index, status = int(fields["index"]), int(fields["http_status"])
+        body = fields["result"] if "result" in fields else {"error": fields["error"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SandboxProtocolError(f"the server sent a malformed line: {error!r:.100}") from None
+    if not 0 <= index < count:
+        raise SandboxProtocolError(f"the server sent a result number {index} of {count}")
+    return index, Answer(status, b"", parsed=body)
+
+
+async def _bounded(response: httpx.Response) -> AsyncIterator[bytes]:
+    size = 0
+    async for chunk in response.aiter_raw():
+        size += len(chunk)
+        if size > MAX_ANSWER:
+            raise SandboxProtocolError(f"an answer of more than {MAX_ANSWER} bytes")
+        yield chunk
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Whole lines; each, and the rest that waits for its end, is bounded. A last line without an end is dropped."""
+    rest: list[bytes] = []
+    held = 0
+    async for chunk in response.aiter_raw():
+        *ends, last = chunk.split(b"\n")
+        for end in ends:
+            yield b"".join([*rest, end])
+            rest, held = [], 0
+        rest.append(last)
+        held += len(last)
+        if held > MAX_ANSWER:
+            raise SandboxProtocolError(f"a line of more than {MAX_ANSWER} bytes")

@@ -1,0 +1,96 @@
+"""Exactly once: a request with an idempotency key runs on when its client goes away, and a retry gets its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from sandbox.server.replies import Refused, Reply
+
+KEEP_S = 600.0
+KEEP_BYTES = 64 * 1024 * 1024
+KEY_CHARACTERS = 256
+
+
+@dataclass
+class _Entry:
+    fingerprint: str
+    task: asyncio.Task[Reply]
+    born: float = field(default_factory=time.monotonic)
+    size: int = 0
+
+
+class Once:
+    """Answers by (owner, operation, key). Kept `KEEP_S` seconds and `KEEP_BYTES` bytes in all, oldest out first.
+
+    Only work that took effect is remembered: after a failure of ours a retry really runs.
+    """
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[tuple[str, str, str], _Entry] = OrderedDict()
+        self._bytes = 0
+        self._keyed = 0
+        self._apart: set[asyncio.Task[Reply]] = set()
+        self.hits = 0
+
+    async def run(
+        self, key: tuple[str, str, str], fingerprint: str, work: Callable[[], Coroutine[Any, Any, Reply]]
+    ) -> Reply:
+        """The answer to `key`, from the work under way or done when there is one. Cancelling the caller leaves the work
+        running. Raises `Refused` (409) when the key was used for something else."""
+        self._expire()
+        entry = self._entries.get(key)
+        if entry is None:
+            entry = _Entry(fingerprint, asyncio.ensure_future(work()))
+            self._entries[key] = entry
+            self._keyed += 1
+            entry.task.add_done_callback(lambda task: self._finished(key, task))
+        elif entry.fingerprint != fingerprint:
+            raise Refused(
+                409, "idempotency_conflict", f"the idempotency key {key[2]!r} was used for a different request"
+            )
+        else:
+            self.hits += 1
+        return await asyncio.shield(entry.task)
+
+    async def apart(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> Reply:
+        """The answer of `work`, which goes on when the caller is cancelled; nothing is remembered."""
+        task = asyncio.ensure_future(work())
+        self._apart.add(task)
+        task.add_done_callback(self._apart.discard)
+        return await asyncio.shield(task)
+
+    @property
+    def running(self) -> int:
+        """Work under way, whether or not anybody waits for it."""
+        return self._keyed + len(self._apart)
+
+    def _finished(self, key: tuple[str, str, str], task: asyncio.Task[Reply]) -> None:
+        self._keyed -= 1
+        if task.cancelled() or task.exception() is not None or not task.result().done:
+            del self._entries[key]
+            return
+        entry = self._entries.pop(key)
+        entry.born, entry.size = time.monotonic(), len(task.result().body) + 512
+        self._entries[key] = entry  # order: by when it was finished
+        self._bytes += entry.size
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for key, entry in list(self._entries.items()) if self._crowded(now) else ():
+            if not entry.task.done():
+                continue
+            if now - entry.born < KEEP_S and self._bytes <= KEEP_BYTES:
+                break
+            del self._entries[key]
+            self._bytes -= entry.size
+
+    def _crowded(self, now: float) -> bool:
+        if self._bytes > KEEP_BYTES:
+            return True
+        oldest = next(iter(self._entries.values()), None)
+        return oldest is not None and now - oldest.born >= KEEP_S

@@ -1,0 +1,169 @@
+"""Runs a server: socket first, then the sandbox, then HTTP; and ends it gracefully."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import logging
+import socket
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+import uvloop
+
+from sandbox.local import LocalSandbox
+from sandbox.server.app import create_app
+from sandbox.server.gate import Gate
+from sandbox.server.options import ServeError, ServeOptions
+from sandbox.server.state import ServerState
+from sandbox.server.tokens import Tokens, load_tokens
+
+DOCS = "docs/sandbox-api.md"
+_BACKLOG = 2048
+log = logging.getLogger("retool.sandbox")
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until SIGTERM or SIGINT. Raises `ServeError`, `ConfinementUnavailable` and other `SandboxError`s."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        tokens = load_tokens(options.token_file)
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+    options.check(tokens)
+    with _listening(options) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        if options.uds is None:
+            options = replace(options, port=listener.getsockname()[1])
+        runner.run(_serve(options, Tokens(tokens), listener))
+
+
+def _sandbox(options: ServeOptions) -> LocalSandbox:
+    optional: dict[str, Any] = {}
+    if options.require:
+        optional["require"] = options.require
+    if options.max_sessions is not None:
+        optional["max_sessions"] = options.max_sessions
+    try:
+        return LocalSandbox(
+            profile=options.profile,
+            limits=options.limits,
+            workers=options.workers or None,
+            tier=options.tier,
+            allow_unconfined=options.allow_unconfined,
+            **optional,
+        )
+    except ValueError as error:
+        raise ServeError(str(error)) from None
+
+
+async def _serve(options: ServeOptions, tokens: Tokens, listener: socket.socket) -> None:
+    async with _sandbox(options) as box:
+        state = ServerState(box, options, tokens)
+        app = create_app(state)
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=75,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=2,
+        )
+        server = _Server(config, app, state)
+        print(
+            f"sandbox: {options.url}  tier {box.tier}  profile {options.profile}  "
+            f"token {'needed' if tokens.required else 'not needed'}  docs {DOCS} and /docs",
+            flush=True,
+        )
+        await server.serve(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    """Drains on the first signal and ends at the second."""
+
+    def __init__(self, config: uvicorn.Config, gate: Gate, state: ServerState) -> None:
+        super().__init__(config)
+        self.gate, self.state = gate, state
+        self._loop = asyncio.get_running_loop()
+        self._draining: asyncio.Task[None] | None = None
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called in the main thread, between any two instructions."""
+        if self.state.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self.state.draining = True
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._draining = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        """New work is refused; what runs may finish within `drain_s`."""
+        end = self._loop.time() + self.state.options.drain_s
+        while self._loop.time() < end and (  # noqa: ASYNC110 - three counters, no event
+            self.state.load or self.state.once.running or self.gate.active
+        ):
+            await asyncio.sleep(0.02)
+        if self.state.load:
+            log.warning("ending with %d executions under way", self.state.load)
+        self.should_exit = True
+
+
+@contextlib.contextmanager
+def _listening(options: ServeOptions) -> Iterator[socket.socket]:
+    listener = _unix_socket(options.uds) if options.uds is not None else _tcp_socket(options.host, options.port)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        if options.uds is not None:
+            Path(options.uds).unlink(missing_ok=True)
+
+
+def _tcp_socket(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+    except (OSError, OverflowError) as error:
+        raise ServeError(f"--host {host} --port {port}: {error}") from None
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        hint = "; another server has it: choose another --port" if error.errno == errno.EADDRINUSE else ""
+        raise ServeError(f"cannot listen on {host}:{port}: {error.strerror}{hint}") from None
+    return listener
+
+
+def _unix_socket(path: str) -> socket.socket:
+    """A socket that only this user can connect to. A file left over by a server that died is replaced."""
+    with contextlib.suppress(OSError):
+        if stat.S_ISSOCK(Path(path).lstat().st_mode):
+            with socket.socket(socket.AF_UNIX) as other:
+                if other.connect_ex(path) == errno.ECONNREFUSED:
+                    Path(path).unlink()
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(path)
+        Path(path).chmod(0o600)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        hint = "; another server has it" if error.errno == errno.EADDRINUSE else ""
+        raise ServeError(f"cannot listen on --uds {path}: {error.strerror or error}{hint}") from None
+    return listener

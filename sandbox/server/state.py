@@ -1,0 +1,138 @@
+"""What all requests share: the sandbox, how full it is, the counters, and the one way to run something in it."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from typing import Any
+
+from sandbox.local import LocalSandbox
+from sandbox.profiles import PROFILES
+from sandbox.server.health_probe import Health
+from sandbox.server.metrics import Metrics
+from sandbox.server.models import ExecRequest, LimitsModel
+from sandbox.server.once import Once
+from sandbox.server.options import ServeOptions
+from sandbox.server.owners import Owners
+from sandbox.server.replies import Refused, Reply, error_reply, overloaded, result_reply
+from sandbox.server.tokens import Tokens
+from sandbox.types import ExecResult, Limits, SandboxError, SandboxOverloaded, SessionError, Status
+
+AUTO = "auto"
+MAX_HELD_BYTES = 512 * 1024 * 1024
+"""Request bytes in memory at once; more is refused with 429."""
+_OVERHEAD_S = 0.003  # of one execution, beyond its own wall time: for estimates only
+
+
+class ServerState:
+    """One server over one open sandbox."""
+
+    def __init__(self, box: LocalSandbox, options: ServeOptions, tokens: Tokens) -> None:
+        self.box, self.options, self.tokens = box, options, tokens
+        self.workers = box.settings.workers
+        self.once = Once()
+        self.owners = Owners()
+        self.metrics = Metrics()
+        self.health = Health(self)
+        self.load = 0
+        self.held_bytes = 0
+        self.draining = False
+        self.last_success = float("-inf")
+        self._typical_s = 0.01
+        self._numbers = itertools.count(1)
+        self._name = secrets.token_hex(4)
+
+    def request_number(self) -> str:
+        """A name for a request, unique to this server's life."""
+        return f"{self._name}-{next(self._numbers)}"
+
+    # --- how full it is -----------------------------------------------------------------------------------------
+
+    @property
+    def full(self) -> bool:
+        """Whether another execution would have to wait behind a full queue."""
+        return self.load >= self.workers + self.options.queue or self.held_bytes > MAX_HELD_BYTES
+
+    def wait_s(self) -> float:
+        """Roughly how long a new execution would wait."""
+        return max(0, self.load - self.workers) * self._typical_s / self.workers
+
+    def refuse(self, code: str) -> None:
+        """Count a request that was turned away."""
+        self.metrics.refused.labels(code).inc()
+
+    def check_deadline(self, deadline_ms: float | None) -> None:
+        """Raises `Refused` (429) when the deadline cannot be met."""
+        wait = self.wait_s()
+        if deadline_ms is not None and wait > deadline_ms / 1e3:
+            raise overloaded(f"about {wait:.1f} s of work wait already, the deadline is {deadline_ms / 1e3:g} s", wait)
+
+    def limits(self, asked: LimitsModel | None) -> Limits:
+        """Limits of one execution. Raises `Refused` (422) for more than this server allows."""
+        if asked is None:
+            return self.box.limits
+        limits = asked.over(self.box.limits)
+        most_s, most_mb = self.options.max_wall_s, self.options.max_memory_mb
+        if limits.wall_s > most_s or limits.cpu_s > most_s * 16 or limits.memory_mb > most_mb:
+            raise Refused(422, "invalid_request", f"limits: this server allows {most_s:g} s and {most_mb} MiB at most")
+        return limits
+
+    @staticmethod
+    def check_profile(name: str | None) -> None:
+        """Raises `Refused` (422) for a profile that does not exist."""
+        if name is not None and name not in PROFILES and name != AUTO:
+            known = ", ".join(sorted({*PROFILES, AUTO}))
+            raise Refused(422, "invalid_request", f"profile: {name!r} is unknown: choose from {known}")
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    async def execute(self, request: ExecRequest, arrived: float | None = None) -> ExecResult:
+        """Run one request. `arrived`: monotonic time from which its deadline counts.
+
+        Raises `SandboxError` and `Refused`.
+        """
+        optional: dict[str, Any] = {}
+        if request.deadline_ms is not None:
+            left = request.deadline_ms / 1e3 - (time.monotonic() - arrived if arrived is not None else 0.0)
+            if left <= 0:
+                raise overloaded("its deadline passed while it waited", self.wait_s())
+            optional["deadline_s"] = left
+        if request.limits is not None:
+            optional["limits"] = self.limits(request.limits)
+        for name in ("profile", "files", "fetch", "rich"):
+            if getattr(request, name):
+                optional[name] = getattr(request, name)
+        try:
+            result = await self.box.exec(request.code, stdin=request.stdin, seed=request.seed, **optional)
+        except SandboxError as error:
+            self.failed(error)
+            raise
+        self.ended(result)
+        return result
+
+    def failed(self, error: SandboxError) -> None:
+        """Count a failure that is not the code's; what a session refuses is an answer, not a failure."""
+        if isinstance(error, SandboxOverloaded):
+            self.refuse(error.code)
+        elif not isinstance(error, SessionError):
+            self.metrics.infra.labels(error.code).inc()
+
+    def ended(self, result: ExecResult) -> None:
+        """Count an execution."""
+        metrics, usage = self.metrics, result.usage
+        metrics.outcomes.labels(result.status.value).inc()
+        metrics.run_s.observe(usage.wall_ms / 1e3)
+        metrics.queue_s.observe(usage.queue_ms / 1e3)
+        self._typical_s += 0.05 * (usage.wall_ms / 1e3 + _OVERHEAD_S - self._typical_s)
+        if result.status is not Status.REJECTED:
+            self.last_success = time.monotonic()
+
+    async def answer(self, request: ExecRequest, arrived: float | None = None) -> Reply:
+        """Run one request and say how it went; everything that can go wrong is in the answer."""
+        try:
+            return result_reply(await self.execute(request, arrived))
+        except SandboxError as error:
+            return error_reply(error)
+        except Refused as refused:
+            return refused.reply()
