@@ -134,14 +134,13 @@ def build_tree_lock() -> bytes:
 
     A copy that was killed by its original would look like our machine's fault.
     """
-    program: Rule = [
-        (_LD, 0, 0, 0),
-        *((_JEQ, 0, 3, SPECIAL[MACHINE]["kill"]), _arg(1), (_JEQ, 0, 1, _SIGKILL), (_RET, 0, 0, _DENY)),
-    ]
+    allow, deny = (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY)
+    program: Rule = [(_LD, 0, 0, 0)]
+    for name, signal in (("kill", 1), ("tkill", 1), ("tgkill", 2)):
+        program += [(_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(signal), (_JEQ, 0, 1, _SIGKILL), deny, allow]
     for name in ("prlimit64", "sched_setaffinity"):
-        rule: Rule = [(_LD, 0, 0, 0), (_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(0)]
-        program += [*rule, (_JEQ, 0, 1, 0), (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY)]
-    program.append((_RET, 0, 0, _ALLOW))
+        program += [(_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(0), (_JEQ, 0, 1, 0), allow, deny]
+    program.append(allow)
     return b"".join(_instruction(*step) for step in program)
 
 

@@ -101,6 +101,9 @@ class Group:
             self.folder.rmdir()
 
 
+_KEPT = 16  # empty groups; sessions may have taken hundreds
+
+
 @dataclass
 class Groups:
     """The groups of one supervisor."""
@@ -120,7 +123,10 @@ class Groups:
     def give_back(self, group: Group) -> None:
         """After a run whose processes are dead."""
         group.killed()
-        self._free.append(group)
+        if len(self._free) < _KEPT:
+            self._free.append(group)
+        else:
+            group.close()
 
     def close(self) -> None:
         """Remove every group that is not in use."""

@@ -30,6 +30,8 @@ COMMAND_S = 20.0
 SWEEP_S = 0.25
 SNAPSHOT_TTL_S = 3600.0
 _TOMBSTONES = 2048
+TOMBSTONE_S = 60.0
+"""So long, at least, a session that has ended by itself says why, and hands out its last results."""
 _MAX_TTL_S = 7 * 86400.0
 
 
@@ -44,7 +46,6 @@ class Snapshot:
     step: int
     past: Past
     depth: int
-    domain: int
     ttl_s: float
     forks: int = 0
     expires: float = 0.0
@@ -214,7 +215,7 @@ class Sessions:
                 interpreter = await copy(source.interpreter, source.tree, seed, layer=True)
                 session = LiveSession(secrets.token_hex(16), source.tree, interpreter, seed, self._admission)
                 session.limits, session.step, session.past = limits, source.step, source.past.copy()
-                session.depth, session.domain = source.depth + 1, source.tree.next_domain()
+                session.depth = source.depth + 1
                 made.append(self._admit(session, ttl_s))
                 self._counts["forks"] += 1
         except BaseException as error:
@@ -251,7 +252,6 @@ class Sessions:
             session.step,
             session.past.copy(),
             session.depth,
-            session.domain,
             SNAPSHOT_TTL_S,
         )
         snapshot.expires = time.monotonic() + snapshot.ttl_s
@@ -281,7 +281,9 @@ class Sessions:
         """Roll back in place: a copy of the snapshot takes over; the old process is killed."""
         if snapshot.tree is not session.tree:
             raise SessionError("the snapshot is not of this session's tree: use Sandbox.restore", "no_snapshot")
-        same = snapshot.domain == session.domain  # then the copy may live where the old process did
+        same = (
+            snapshot.interpreter.place.domain == session.interpreter.place.domain
+        )  # then the copy may live where the old process did
         self._can_copy(snapshot.tree, snapshot.depth + (not same), 1)
         session.claim()
         try:
@@ -296,7 +298,7 @@ class Sessions:
         session.adopt(interpreter)
         session.step, session.past, session.seed = snapshot.step, snapshot.past.copy(), snapshot.seed
         if not same:
-            session.depth, session.domain = snapshot.depth + 1, snapshot.tree.next_domain()
+            session.depth = snapshot.depth + 1
         await session.tree.release(old)
 
     @contextlib.asynccontextmanager
@@ -350,6 +352,7 @@ class Sessions:
     def _bury(self, session: LiveSession) -> None:
         """It has ended, but not by its caller's wish: its last results stay readable until the lease runs out."""
         self._live.pop(session.id, None)
+        session.expires = time.monotonic() + max(session.ttl_s, TOMBSTONE_S)
         self._ended[session.id] = session
         while len(self._ended) > _TOMBSTONES:
             self._ended.popitem(last=False)

@@ -47,7 +47,14 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
         os.set_blocking(fd, False)
     child = Child(next_ident(), near.detach(), out_r, err_r, rep_r)
     theirs = [far.detach(), out_w, err_w, rep_w]
-    fields = {"folder": tree.next_folder(), "layer": layer, "seed": seed, "processes": tree.processes + 1}
+    place = tree.next_place(source.place, layer)
+    fields = {
+        "folder": place.folder,
+        "dead": tree.dead_folders(source.place.domain),
+        "layer": layer,
+        "seed": seed,
+        "processes": tree.processes + 1,
+    }
     try:
         async with asyncio.timeout(FORK_S):
             await _command(source, fields, theirs)
@@ -64,6 +71,7 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
         _close(theirs)
     tree.unit.adopt(child)
     member = Interpreter(child, pid)
+    member.place = place
     tree.add(member)
     return member
 

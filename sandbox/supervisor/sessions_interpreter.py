@@ -16,6 +16,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ ANSWER_BYTES = 512 * 1024
 _PROCESS_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _CHUNK = 32 * 1024
 _DRAIN_READS = 256
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a copy lives: its `folder` lies below that of the Landlock domain `outer`; it runs in `domain`."""
+
+    folder: str = ""
+    outer: int = 0
+    domain: int = 0
 
 
 class Output:
@@ -55,6 +65,7 @@ class Interpreter:
 
     def __init__(self, child: Child, pid: int) -> None:
         self.child, self.pid = child, pid
+        self.place = Place()
         self.clock = (~pid << 3) | 2  # the kernel's number for the CPU clock of that process
         self.output = _NOTHING
         self.on_flood: Callable[[], None] | None = None

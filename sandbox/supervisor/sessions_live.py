@@ -25,6 +25,8 @@ LISTEN_S = 0.004
 TICK_S = 0.05
 GRACE_S = 0.5
 """From the interrupt to the kill."""
+EARLY_S = 0.1
+"""An interrupt so soon after the start is repeated."""
 KEEP_RESULTS = 64
 KEEP_BYTES = 4 * 1024 * 1024
 _FORGED = "the session wrote to its control channel"
@@ -96,7 +98,7 @@ class LiveSession:
         self.limits = tree.limits
         self.step = 0
         self.past = Past()
-        self.depth = self.domain = self.forks = 0
+        self.depth = self.forks = 0
         self.ttl_s = self.expires = 0.0
         self.running: Step | None = None
         self.claimed = False
@@ -201,6 +203,8 @@ class LiveSession:
                 self._stop(step, Status.CPU_LIMIT)
         elif now >= step.kill_at:
             self.interpreter.kill()
+        elif step.kill_at - GRACE_S - step.started < EARLY_S:
+            self.interpreter.interrupt()  # the first may have come before the code had begun
         wait = TICK_S if step.stopping else min(TICK_S, max(0.001, step.started + limits.wall_s - now))
         step.timer = asyncio.get_running_loop().call_later(wait, self._tick, step)
 

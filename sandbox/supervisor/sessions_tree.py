@@ -7,7 +7,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 
-from sandbox.supervisor.sessions_interpreter import Interpreter
+from sandbox.supervisor.sessions_interpreter import Interpreter, Place
 from sandbox.supervisor.unit import Child, Unit
 from sandbox.types import Limits, SandboxInfraError
 
@@ -25,8 +25,17 @@ class Tree:
         self.user, _ = owner_and_parent(pid)
         self.namespace = _namespace(pid) if unit.tier.namespaces else ""
         self._give_back = give_back
-        self._folders = 0
-        self._domains = 0
+        self._parents: dict[int, int] = {}  # Landlock domain -> the one it was made in; 0 is the root's
+        self._places = 0
+        self._empty: list[Place] = []  # of members that have ended
+
+    def next_place(self, source: Place, layer: bool) -> Place:
+        """Where a copy of somebody at `source` will live; no place is given twice."""
+        self._places += 1
+        if not layer:
+            return Place(str(self._places), source.domain, source.domain)
+        self._parents[self._places] = source.domain
+        return Place(str(self._places), source.domain, self._places)
 
     def add(self, member: Interpreter) -> None:
         """A new member; the tree may hold that much more memory. Raises `OSError`."""
@@ -34,15 +43,21 @@ class Tree:
         if self.root.group is not None:
             self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
 
-    def next_folder(self) -> str:
-        """A name that no copy of this tree has had."""
-        self._folders += 1
-        return str(self._folders)
-
-    def next_domain(self) -> int:
-        """A number for a new Landlock domain; 0 is the root's."""
-        self._domains += 1
-        return self._domains
+    def dead_folders(self, domain: int) -> list[str]:
+        """Folders that a member in `domain` may remove, each named once: nobody lives in or below them any more."""
+        inhabited = {0}
+        for member in self.members:
+            number = member.place.domain
+            while number not in inhabited:
+                inhabited.add(number)
+                number = self._parents[number]
+        dead = [
+            place
+            for place in self._empty
+            if place.outer == domain and (place.domain == place.outer or place.domain not in inhabited)
+        ]
+        self._empty = [place for place in self._empty if place not in dead]
+        return [place.folder for place in dead]
 
     @property
     def processes(self) -> int:
@@ -62,6 +77,8 @@ class Tree:
             return
         self.members.discard(member)
         member.kill()
+        if member.place.folder:
+            self._empty.append(member.place)
         if not self.members:
             member.detach()
             if member.child is not self.root:

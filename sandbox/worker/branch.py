@@ -12,6 +12,7 @@ import fcntl
 import os
 import random
 import select
+import shutil
 import signal
 import stat
 import sys
@@ -116,32 +117,41 @@ def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
     with contextlib.suppress(FileExistsError):
         os.mkdir(os.path.dirname(new), 0o700)  # noqa: PTH102, PTH120
     os.mkdir(new, 0o700)  # noqa: PTH102
-    total = count = 0
     paths: dict[tuple[int, int], str] = {}
     base = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        _check_size(base, cap)
         for folder, name, path, found in walk(base):
-            count += 1
             target = f"{new}/{path}"
             if stat.S_ISDIR(found.st_mode):
                 os.mkdir(target, 0o700)  # noqa: PTH102
             elif stat.S_ISLNK(found.st_mode):
                 os.symlink(os.readlink(name, dir_fd=folder), target)  # noqa: PTH211
             elif stat.S_ISREG(found.st_mode):
-                total += found.st_blocks * 512
-                if total <= cap:
-                    _copy_file(folder, name, target)
+                _copy_file(folder, name, target)
                 paths[found.st_dev, found.st_ino] = target
             else:
                 raise Unsafe(f"the work folder holds {path!r}, which is neither file, folder nor link")
-            if total > cap or count > COPY_ENTRIES:
-                raise Unsafe(
-                    f"the work folder holds more than {cap >> 20} MiB or {COPY_ENTRIES} entries ({total} bytes seen): "
-                    "too much to copy"
-                )
     finally:
         os.close(base)
     return paths
+
+
+def _check_size(base: int, cap: int) -> None:
+    total = 0
+    for count, (_, _, _, found) in enumerate(walk(base), 1):
+        total += found.st_size
+        if total > cap or count > COPY_ENTRIES:
+            raise Unsafe(
+                f"the work folder holds {total} bytes or more in {count} entries or more; "
+                f"at most {cap >> 20} MiB and {COPY_ENTRIES} entries are copied"
+            )
+
+
+def remove_folder(path: str) -> None:
+    """Best effort; links are not followed."""
+    with contextlib.suppress(RecursionError):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _copy_file(folder: int, name: str, target: str) -> None:
@@ -185,12 +195,19 @@ def readable_paths(workdir: str) -> list[str]:
 
 
 def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]], readable: list[str]) -> Home:
-    """In the copy: take a folder, streams, walls and random numbers of its own. Returns where it lives now.
+    """In the copy: take a folder, walls and random numbers of its own. Returns where it lives now.
 
-    `fields`: folder (its name), layer (whether to add a Landlock layer), seed (None: keep the state).
+    `fields`: folder (its name), dead (folders that nobody needs any more), layer (whether to add a Landlock layer),
+    seed (None: keep the state). Raises `Unsafe`, `OSError`.
     """
+    for name in fields["dead"]:
+        remove_folder(f"{home.domain}/{BRANCHES}/{name}")
     folder = f"{home.domain}/{BRANCHES}/{fields['folder']}"
-    paths = copy_folder(home.folder, folder, COPY_BYTES)
+    try:
+        paths = copy_folder(home.folder, folder, COPY_BYTES)
+    except BaseException:
+        remove_folder(folder)
+        raise
     _reopen(files, paths)
     inside = os.getcwd()  # noqa: PTH109
     if inside.startswith(home.folder):

@@ -109,10 +109,10 @@ def _fetch(folder: str, paths: list[str], cap: int, report: dict[str, Any]) -> b
 def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
     """Waits for the job and does it; never returns."""
     settings, code, stdin = read_job(job_fd)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.enable()
     if settings.get("mode") == "session":
         session.serve(job_fd, report_fd, settings, base_bytes, filtered)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored until here
     stage.provide_stdin(stdin)
     report: dict[str, Any] = {}
     unwritten = _receive_files(job_fd, settings.get("files", []))

@@ -332,6 +332,16 @@ async def test_interrupt_raises_where_the_code_is(box: LocalSandbox) -> None:
         assert (await session.exec("print(x)")).stdout == "5\n"
 
 
+async def test_an_interrupt_before_the_first_execution_has_begun(box: LocalSandbox) -> None:
+    for delay in (0.0, 0.0005, 0.001, 0.002) * 3:
+        async with box.session() as session:
+            task = asyncio.create_task(session.exec("n = sum(range(20000))", limits=Limits(wall_s=0.001)))
+            await asyncio.sleep(delay)
+            await session.interrupt()
+            assert (await task).alive
+            assert (await session.exec("print(1)")).stdout == "1\n"
+
+
 async def test_interrupts_at_any_moment_leave_a_working_session(box: LocalSandbox) -> None:
     async with box.session() as session:
         for round_ in range(60):

@@ -119,8 +119,8 @@ attack('kill', lambda: os.kill(pid, 9))
 attack('int', lambda: os.kill(pid, 2))
 attack('limit', lambda: resource.prlimit(pid, resource.RLIMIT_AS, (1, 1)))
 attack('cores', lambda: os.sched_setaffinity(pid, [0]))
-attack('memory', lambda: open(f'/proc/{pid}/mem', 'rb+').read(1))
-attack('descriptor', lambda: open(f'/proc/{pid}/fd/1', 'w'))
+attack('memory', lambda: open(f'/proc/{pid}/mem', 'rb'))
+attack('descriptor', lambda: os.readlink(f'/proc/{pid}/fd/1'))
 attack('self', lambda: os.kill(os.getpid(), 9))
 attack('group', lambda: os.kill(0, 9))
 attack('all', lambda: os.kill(-1, 9))
@@ -261,6 +261,22 @@ async def test_rollback_can_go_on_for_ever(box: LocalSandbox) -> None:
             assert await said(session, "n += 1; n") == str(round_ + 1)
         branches = await session.fork(2)
         assert await said(branches[1], "n") == "24"
+
+
+async def test_the_folders_of_the_dead_are_removed(box: LocalSandbox) -> None:
+    """Otherwise a session that is rolled back often would fill its disk."""
+    async with box.session() as session:
+        await said(session, "open('f', 'wb').write(b'x' * (6 << 20))")
+        for _ in range(30):
+            snapshot = await session.snapshot()
+            await session.restore(snapshot)
+            await box.drop_snapshot(snapshot)
+        for _ in range(12):
+            (branch,) = await session.fork()
+            (inner,) = await branch.fork()
+            await branch.close()
+            assert await said(inner, "import os; os.path.getsize('f')") == str(6 << 20)
+            await inner.close()
 
 
 async def test_new_sessions_from_a_snapshot(box: LocalSandbox) -> None:
