@@ -81,7 +81,7 @@ class Battery:
         return {
             "processes": len(descendants(supervisor)),
             "descriptors": len(os.listdir(f"/proc/{supervisor}/fd")),  # noqa: PTH208
-            "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),  # noqa: ASYNC240 (a file in memory)
+            "mounts": mounts(),
             "leaked": int(stats["leaked"]),
             "restarts": int(stats["restarts"]) + int(stats["supervisor_restarts"]),
             "infra_errors": int(stats.get("infra_errors", 0)),
@@ -200,6 +200,12 @@ def _unexpected(result: ExecResult, attack: Attack, tier: str) -> list[str]:
     if "error" in attack.statuses(tier):
         return []
     return [result.exception.traceback.strip().splitlines()[-1][:120]]
+
+
+def mounts() -> int:
+    """Mounts that we can see, but for those of container engines, which come and go without us."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return sum(not any(word in line for word in ("docker", "containerd", "overlay")) for line in lines)
 
 
 def descendants(pid: int) -> set[int]:
