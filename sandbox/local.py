@@ -7,139 +7,49 @@ async with LocalSandbox(profile="py-math") as box:
 from __future__ import annotations
 
 import asyncio
+import base64
+import functools
 import importlib.util
-import itertools
 import os
-import secrets
-import shutil
-import socket
-import subprocess
-import sys
-import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sandbox.profiles import PROFILES
-from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
+from sandbox.link import Link
+from sandbox.local_session import LocalSession
+from sandbox.profiles import AUTO, PROFILES, available
+from sandbox.results import decode_error, decode_result
+from sandbox.supervisor.settings import Settings
 from sandbox.tiers import BY_NAME
-from sandbox.types import (
-    ConfinementUnavailable,
-    ExceptionInfo,
-    ExecResult,
-    Limits,
-    SandboxError,
-    SandboxInfraError,
-    SandboxOverloaded,
-    SandboxProtocolError,
-    SandboxUnavailable,
-    Status,
-    Usage,
-)
-from sandbox.wire import pack_frame, read_frame
-
-_BOOT = Path(__file__).resolve().parent / "boot.py"
-_CANARY = "RETOOL_SANDBOX_CANARY"
+from sandbox.types import ExecResult, Limits, SandboxError, SandboxUnavailable, Session, SessionOpening
 
 
-def module_paths(profile: str) -> tuple[str, ...]:
-    """Folders that hold the profile's modules. Raises `SandboxError` when one is missing."""
-    folders = []
-    for name in PROFILES[profile].modules:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            raise SandboxError(f"profile {profile} needs the module {name}, which is not installed: pip install {name}")
-        folders.append(str(Path(spec.origin).resolve().parent.parent))
+def module_paths(profiles: Sequence[str]) -> tuple[str, ...]:
+    """Folders that hold the modules of the profiles, which must be installed."""
+    names = {name for profile in profiles for name in PROFILES[profile].modules}
+    specs = [importlib.util.find_spec(name) for name in sorted(names)]
+    folders = [str(Path(spec.origin).resolve().parent.parent) for spec in specs if spec and spec.origin]
     return tuple(dict.fromkeys(folders))
 
 
-class _Link:
-    """One supervisor process and the requests under way."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.folder = tempfile.mkdtemp(prefix="retool-sandbox-")
-        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        if os.geteuid() == 0:
-            Path(self.folder).chmod(0o711)  # runs with a user id of their own must reach their work folders
-        values = {**settings.__dict__, "work_root": self.folder, "client_fd": far.fileno(), "client_pid": os.getpid()}
-        self.log = Path(self.folder, "supervisor.log")
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-s", "-P", str(_BOOT), "supervisor", Settings(**values).to_json()],
-                env={**CLEAN_ENVIRONMENT, _CANARY: secrets.token_hex(16)},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=(far.fileno(),),
-                cwd="/",
-                start_new_session=True,
-            )
-        far.close()
-        self.near = near
-        self.pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self.dead = False
-        self._reading: asyncio.Task[None] | None = None
-
-    async def open(self) -> dict[str, Any]:
-        """Wait for the supervisor's first words."""
-        reader, self.writer = await asyncio.open_connection(sock=self.near)
-        hello: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        self.pending[0] = hello
-        self._reading = asyncio.create_task(self._read(reader))
-        return await hello
-
-    async def _read(self, reader: asyncio.StreamReader) -> None:
-        reason = "the sandbox supervisor died"
-        try:
-            while (message := await read_frame(reader)) is not None:
-                future = self.pending.pop(int(message["id"]), None)
-                if future is not None and not future.done():
-                    future.set_result(message)
-        except SandboxProtocolError as error:
-            reason = str(error)
-        finally:
-            self.dead = True
-            for future in self.pending.values():
-                if not future.done():
-                    future.set_exception(SandboxUnavailable(reason + self._last_words()))
-            self.pending.clear()
-
-    def _last_words(self) -> str:
-        try:
-            text = self.log.read_text(errors="replace").strip()
-        except OSError:
-            return ""
-        return f": {text[-2000:]}" if text else ""
-
-    def send(self, message: dict[str, Any]) -> None:
-        """Queue a message for the supervisor."""
-        self.writer.write(pack_frame(message))
-
-    async def close(self) -> None:
-        """Hang up and wait until the supervisor, and with it everything it started, has ended."""
-        self.dead = True
-        if hasattr(self, "writer"):
-            self.writer.close()
-        else:
-            self.near.close()
-        if self._reading is not None:
-            self._reading.cancel()
-            await asyncio.gather(self._reading, return_exceptions=True)
-        try:
-            await asyncio.to_thread(self.process.wait, 15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            await asyncio.to_thread(self.process.wait)
-        shutil.rmtree(self.folder, ignore_errors=True)
+def check_profile(profile: str, installed: Sequence[str]) -> None:
+    """Raises `ValueError` for an unknown profile, `SandboxError` for one whose modules are missing."""
+    if profile not in (AUTO, *PROFILES):
+        raise ValueError(f"unknown profile {profile!r}: choose from {', '.join((AUTO, *PROFILES))}")
+    if profile != AUTO and profile not in installed:
+        missing = [name for name in PROFILES[profile].modules if importlib.util.find_spec(name) is None]
+        raise SandboxError(f"profile {profile} needs modules that are not installed: pip install {' '.join(missing)}")
 
 
 class LocalSandbox:
     """Runs Python in isolated, forked children of a warm interpreter; see `docs/sandbox.md`.
 
-    `profile`: `py-math` (numpy and sympy imported) or `py-bare`. `limits`: defaults of every run. `workers`: runs at
-    once (default 1.5 per core); the rest wait in order. `tier`: insist on one tier. `allow_unconfined`: when no tier
-    holds here, run without isolation instead of raising `ConfinementUnavailable`.
+    `profile`: the warm interpreter that code runs in: `py-bare` (standard library), `py-math` (numpy and sympy
+    imported), `py-data` (scipy and pandas too), or `auto`, the smallest that has what the code mentions. `limits`:
+    defaults of every run. `workers`: runs at once (default 1.5 per core); the rest wait in order. `tier`: insist on one
+    tier. `allow_unconfined`: when no tier holds here, run without isolation instead of raising `ConfinementUnavailable`.
 
     One instance may be shared by any number of tasks of one event loop. A supervisor that dies raises
     `SandboxUnavailable` in the calls under way; the next call starts a fresh one.
@@ -147,14 +57,16 @@ class LocalSandbox:
 
     def __init__(
         self,
-        profile: str = "py-math",
+        profile: str = AUTO,
         limits: Limits | None = None,
         workers: int | None = None,
         allow_unconfined: bool = False,
         tier: str | None = None,
+        max_sessions: int = 512,
+        max_snapshots: int = 256,
     ) -> None:
-        if profile not in PROFILES:
-            raise ValueError(f"unknown profile {profile!r}: choose from {', '.join(PROFILES)}")
+        installed = available()
+        check_profile(profile, installed)
         if tier is not None and tier not in BY_NAME:
             raise ValueError(f"unknown tier {tier!r}: choose from {', '.join(BY_NAME)}")
         cores = len(os.sched_getaffinity(0))
@@ -165,12 +77,14 @@ class LocalSandbox:
             tier=tier or "",
             allow_unconfined=allow_unconfined,
             limits=self.limits,
-            module_paths=module_paths(profile),
+            module_paths=module_paths(installed),
+            profiles=installed,
+            max_sessions=max_sessions,
+            max_snapshots=max_snapshots,
         )
         self.tier = ""
         self._owner = os.getpid()
-        self._ids = itertools.count(1)
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._opened = False
         self._starting = asyncio.Lock()
         self._supervisor_restarts = 0
@@ -193,7 +107,7 @@ class LocalSandbox:
         if link is not None and os.getpid() == self._owner:
             await link.close()
 
-    async def _connect(self) -> _Link:
+    async def _connect(self) -> Link:
         if os.getpid() != self._owner:
             raise SandboxUnavailable("this sandbox belongs to the process that opened it; open another after a fork")
         if not self._opened:
@@ -205,11 +119,11 @@ class LocalSandbox:
                 self._supervisor_restarts += 1
                 await self._link.close()
                 self._link = None
-            link = _Link(self.settings)
+            link = Link(self.settings)
             try:
                 hello = await link.open()
                 if "error" in hello:
-                    raise _error(hello["error"])
+                    raise decode_error(hello["error"])
             except BaseException:
                 await link.close()
                 raise
@@ -217,20 +131,13 @@ class LocalSandbox:
             self._link = link
             return link
 
-    async def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
+    async def _ask(self, message: dict[str, Any], cancel: dict[str, Any] | None = None) -> dict[str, Any]:
         link = await self._connect()
-        ident = next(self._ids)
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        link.pending[ident] = future
         try:
-            link.send({"id": ident, **message})
-            return await future
-        except asyncio.CancelledError:
-            if not link.dead and message.get("key") is None:
-                link.send({"id": next(self._ids), "op": "cancel", "target": ident})
+            return await link.ask(message, cancel)
+        except SandboxUnavailable:
+            self._lost += 1
             raise
-        finally:
-            link.pending.pop(ident, None)
 
     async def exec(
         self,
@@ -240,10 +147,15 @@ class LocalSandbox:
         limits: Limits | None = None,
         seed: int = 0,
         idempotency_key: str | None = None,
+        profile: str | None = None,
+        files: Mapping[str, bytes] | None = None,
+        fetch: Sequence[str] = (),
+        rich: bool = False,
+        deadline_s: float | None = None,
     ) -> ExecResult:
-        """Run `code` in a fresh interpreter. What the code does is in the result; only our own failures raise
+        """See `Sandbox.exec`. What the code does is in the result; only our own failures raise
         (`SandboxUnavailable`, `SandboxInfraError`, `SandboxOverloaded`, `ConfinementUnavailable`)."""
-        message = {
+        message: dict[str, Any] = {
             "op": "exec",
             "code": code,
             "stdin": stdin,
@@ -251,14 +163,60 @@ class LocalSandbox:
             "seed": seed,
             "key": idempotency_key,
         }
-        try:
-            reply = await self._ask(message)
-        except SandboxUnavailable:
-            self._lost += 1
-            raise
-        if "error" in reply:
-            raise _error(reply["error"])
-        return _result(reply["result"])
+        if profile is not None:
+            message["profile"] = profile
+        if files:
+            message["files"] = {path: base64.b64encode(data).decode() for path, data in files.items()}
+        if fetch:
+            message["fetch"] = list(fetch)
+        if rich:
+            message["rich"] = True
+        if deadline_s is not None:
+            message["deadline_s"] = deadline_s
+        reply = await self._ask(message, None if idempotency_key is not None else {"op": "cancel"})
+        return decode_result(reply["result"])
+
+    def session(
+        self,
+        *,
+        profile: str | None = None,
+        limits: Limits | None = None,
+        seed: int = 0,
+        ttl_s: float = 600.0,
+        idempotency_key: str | None = None,
+    ) -> SessionOpening:
+        """See `Sandbox.session`. Raises `ValueError` for a lease of no length."""
+        if not ttl_s > 0:
+            raise ValueError(f"ttl_s must be more than 0, not {ttl_s}")
+        message = {
+            "op": "session.open",
+            "profile": profile,
+            "limits": asdict(limits or self.limits),
+            "seed": seed,
+            "ttl_s": ttl_s,
+            "key": idempotency_key,
+        }
+        return SessionOpening(functools.partial(self._open_session, message))
+
+    async def _open_session(self, message: dict[str, Any]) -> Session:
+        link = await self._connect()
+        return LocalSession(link, await link.ask(message))
+
+    async def attach(self, session_id: str) -> Session:
+        """See `Sandbox.attach`."""
+        link = await self._connect()
+        return LocalSession(link, await link.ask({"op": "session.attach", "session": session_id}))
+
+    async def restore(self, snapshot: str, *, count: int = 1, seeds: Sequence[int] | None = None) -> list[Session]:
+        """See `Sandbox.restore`."""
+        link = await self._connect()
+        message = {"op": "snapshot.restore", "snapshot": snapshot, "count": count, "seeds": _plain_seeds(seeds)}
+        reply = await link.ask(message)
+        return [LocalSession(link, row) for row in reply["sessions"]]
+
+    async def drop_snapshot(self, snapshot: str) -> None:
+        """See `Sandbox.drop_snapshot`."""
+        await self._ask({"op": "snapshot.drop", "snapshot": snapshot})
 
     async def stats(self) -> dict[str, Any]:
         """Counters of the supervisor (executions, status:*, infra:*, restarts, leaked, ...) and of this client."""
@@ -267,40 +225,24 @@ class LocalSandbox:
         pid = self._link.process.pid if self._link else 0
         return {"executions": 0, "leaked": 0, "restarts": 0, **reply["stats"], **own, "supervisor_pid": pid}
 
-
-_ERRORS: dict[str, type[SandboxError]] = {
-    error.__name__: error for error in (ConfinementUnavailable, SandboxUnavailable, SandboxProtocolError)
-}
-
-
-def _error(fields: dict[str, Any]) -> SandboxError:
-    message = str(fields["message"])
-    if fields["kind"] == SandboxOverloaded.__name__:
-        return SandboxOverloaded(message, float(fields["retry_after"]))
-    if fields["kind"] in _ERRORS:
-        return _ERRORS[fields["kind"]](message)
-    return SandboxInfraError(message, str(fields["code"]), bool(fields["retryable"]))
+    async def capabilities(self) -> dict[str, Any]:
+        """See `Sandbox.capabilities`."""
+        return dict((await self._ask({"op": "capabilities"}))["capabilities"])
 
 
-def _result(fields: dict[str, Any]) -> ExecResult:
-    exception = fields.pop("exception")
-    return ExecResult(
-        **{
-            **fields,
-            "status": Status(fields["status"]),
-            "usage": Usage(**fields["usage"]),
-            "exception": ExceptionInfo(**exception) if exception else None,
-        }
-    )
+def _plain_seeds(seeds: Sequence[int] | None) -> list[int] | None:
+    return None if seeds is None else [int(seed) for seed in seeds]
 
 
 async def survey(profile: str = "py-bare") -> list[dict[str, Any]]:
     """Attack every tier on this machine: rows of tier, holds, reason, needs. Raises `SandboxError`."""
-    link = _Link(Settings(profile=profile, workers=1, survey=True, module_paths=module_paths(profile)))
+    installed = available()
+    paths = module_paths(installed)
+    link = Link(Settings(profile=profile, profiles=installed, workers=1, survey=True, module_paths=paths))
     try:
         hello = await link.open()
         if "error" in hello:
-            raise _error(hello["error"])
+            raise decode_error(hello["error"])
         return list(hello["survey"])
     finally:
         await link.close()

@@ -18,11 +18,12 @@ from sandbox.types import SandboxProtocolError
 MAX_FRAME = 64 * 1024 * 1024
 """Bytes of the largest message between client and supervisor."""
 _HEADER = struct.Struct("!I")
+_JSON = json.JSONEncoder(separators=(",", ":"))
 
 
 def pack_frame(message: dict[str, Any]) -> bytes:
     """A message as length and JSON. Lone surrogates survive. Raises `SandboxProtocolError` when too large."""
-    body = json.dumps(message, separators=(",", ":")).encode("ascii")
+    body = _JSON.encode(message).encode("ascii")
     if len(body) > MAX_FRAME:
         raise SandboxProtocolError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
     return _HEADER.pack(len(body)) + body
@@ -57,6 +58,8 @@ SPAWNED = b"s"
 """From the zygote: numbers: pid."""
 EXITED = b"x"
 """From the zygote: numbers: wait status, CPU in microseconds, largest resident set in KiB."""
+UNKNOWN_STATUS = -1
+"""Wait status of a process whose end nobody saw."""
 FAILED = b"f"
 """From either: the request failed; numbers: errno."""
 INIT = b"I"
@@ -64,6 +67,9 @@ INIT = b"I"
 same kind and the init's pidfd."""
 PURGE = b"P"
 """To the warden: kill everything that runs as a user id. numbers: uid. Answered with the same kind."""
+ADOPT = b"A"
+"""To the zygote: a live interpreter has copied itself, as a child of the zygote. fds: the copy's pidfd. Its end is told
+like that of any child."""
 READY = b"R"
 """From the zygote, once: warm. numbers: address space in bytes, pid, number of threads."""
 

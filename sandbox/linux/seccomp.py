@@ -128,6 +128,23 @@ def build_cpu_limit_lock() -> bytes:
     return b"".join(_instruction(*step) for step in program)
 
 
+def build_tree_lock() -> bytes:
+    """For a session before its first copy is made; copies inherit it. Nobody in the tree sends SIGKILL any more, and
+    limits and processors are changed for oneself only.
+
+    A copy that was killed by its original would look like our machine's fault.
+    """
+    program: Rule = [
+        (_LD, 0, 0, 0),
+        *((_JEQ, 0, 3, SPECIAL[MACHINE]["kill"]), _arg(1), (_JEQ, 0, 1, _SIGKILL), (_RET, 0, 0, _DENY)),
+    ]
+    for name in ("prlimit64", "sched_setaffinity"):
+        rule: Rule = [(_LD, 0, 0, 0), (_JEQ, 0, 4, SPECIAL[MACHINE][name]), _arg(0)]
+        program += [*rule, (_JEQ, 0, 1, 0), (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY)]
+    program.append((_RET, 0, 0, _ALLOW))
+    return b"".join(_instruction(*step) for step in program)
+
+
 def install(program: bytes) -> None:
     """Filter this process and its future children, for good; `no_new_privs` must be set."""
     _ready(program).install()

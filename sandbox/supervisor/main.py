@@ -3,54 +3,72 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import os
+import resource
 import shutil
 import signal
 import socket
 from typing import Any
 
+from sandbox.frames import FrameProtocol
 from sandbox.supervisor.service import Service, error_reply
 from sandbox.supervisor.settings import Settings
-from sandbox.types import SandboxError
-from sandbox.wire import pack_frame, read_frame
+from sandbox.types import SandboxError, SandboxProtocolError
 
 
 class Connection:
-    """Serves one client until it closes its end or dies."""
+    """Serves one client until it closes its end or dies (`gone`). Messages before `serve` wait."""
 
-    def __init__(self, service: Service, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.service, self.reader, self.writer = service, reader, writer
+    def __init__(self, service: Service, gone: asyncio.Event) -> None:
+        self.service = service
+        self.frames = FrameProtocol(self._message, lambda _: gone.set())
         self.tasks: dict[int, asyncio.Task[None]] = {}
+        self._early: list[dict[str, Any]] | None = []
 
     def send(self, message: dict[str, Any]) -> None:
-        """Queue a message; a client that has gone away is noticed by the reader."""
-        if not self.writer.is_closing():
-            self.writer.write(pack_frame(message))
+        """Queue a message; one that is too large becomes an error."""
+        try:
+            self.frames.send(message)
+        except SandboxProtocolError as error:
+            self.frames.send({"id": message["id"], **error_reply(error)})
 
-    async def serve(self) -> None:
-        """Until the client is gone."""
-        while (message := await read_frame(self.reader)) is not None:
-            ident = int(message["id"])
-            if message["op"] == "exec":
-                task = asyncio.create_task(self._exec(ident, message))
-                self.tasks[ident] = task
-                task.add_done_callback(functools.partial(self._done, ident))
-            elif message["op"] == "cancel":
-                self._cancel(int(message["target"]))
-            elif message["op"] == "stats":
-                self.send({"id": ident, "stats": self.service.stats()})
+    def serve(self) -> None:
+        """From here on messages are answered."""
+        early, self._early = self._early or [], None
+        for message in early:
+            self._message(message)
+
+    def _message(self, message: dict[str, Any]) -> None:
+        if self._early is not None:
+            self._early.append(message)
+            return
+        op, ident = message["op"], int(message["id"])
+        if op == "session.exec":  # the fast way: no task
+            self.service.session_requests.execute(message, lambda reply: self.send({"id": ident, **reply}))
+        elif op == "exec" or self.service.session_requests.handles(op):
+            task = asyncio.get_running_loop().create_task(self._answer(ident, message))
+            self.tasks[ident] = task
+            task.add_done_callback(functools.partial(self._done, ident))
+        elif op == "cancel":
+            self._cancel(int(message["target"]))
+        elif op == "session.cancel":
+            self.service.cancel_session(message["session"])
+        elif op == "stats":
+            self.send({"id": ident, "stats": self.service.stats()})
+        elif op == "capabilities":
+            self.send({"id": ident, "capabilities": self.service.capabilities()})
 
     def _done(self, ident: int, _: asyncio.Task[None]) -> None:
         self.tasks.pop(ident, None)
 
-    async def _exec(self, ident: int, message: dict[str, Any]) -> None:
-        try:
+    async def _answer(self, ident: int, message: dict[str, Any]) -> None:
+        if message["op"] == "exec":
             reply = await self.service.execute(message, ident)
-            self.send({"id": ident, **reply})
-            await self.writer.drain()
-        except ConnectionError:
-            pass
+        else:
+            reply = await self.service.session_requests.answer(message)
+        self.send({"id": ident, **reply})
 
     def _cancel(self, target: int) -> None:
         if not self.service.cancel(target) and target in self.tasks:
@@ -81,42 +99,44 @@ async def _supervise(settings: Settings) -> int:
         loop.add_signal_handler(number, gone.set)
     client = socket.socket(fileno=settings.client_fd)
     os.set_inheritable(client.fileno(), False)
-    reader, writer = await asyncio.open_connection(sock=client)
     service = Service(settings)
-    connection = Connection(service, reader, writer)
+    connection = Connection(service, gone)
+    transport, _ = await loop.create_connection(lambda: connection.frames, sock=client)
     ending = asyncio.create_task(gone.wait())
     try:
         work = asyncio.create_task(_serve(settings, service, connection))
         await asyncio.wait({work, ending}, return_when=asyncio.FIRST_COMPLETED)
-        if work.done():
-            work.result()
+        if work.done() and work.result():
+            await ending
         work.cancel()
         await asyncio.gather(work, return_exceptions=True)
     finally:
         ending.cancel()
         await connection.close()
         await service.close()
-        writer.close()
+        transport.close()
         shutil.rmtree(settings.work_root, ignore_errors=True)  # the client may be dead and cannot
     return 0
 
 
-async def _serve(settings: Settings, service: Service, connection: Connection) -> None:
+async def _serve(settings: Settings, service: Service, connection: Connection) -> bool:
+    """Get ready and say so; False when there is nothing to serve."""
     try:
         if settings.survey:
             connection.send({"id": 0, "survey": await service.survey()})
-            await connection.writer.drain()
-            return
+            return False
         await service.start()
     except SandboxError as error:
         connection.send({"id": 0, **error_reply(error)})
-        await connection.writer.drain()
-        return
+        return False
     connection.send({"id": 0, "tier": service.tier})
-    await connection.serve()
+    connection.serve()
+    return True
 
 
 def main(argument: str) -> int:
     """Serve the client named in the settings (JSON); returns the exit status."""
     os.umask(0o077)
+    with contextlib.suppress(ValueError, OSError):  # a session holds six descriptors
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     return asyncio.run(_supervise(Settings.from_json(argument)))

@@ -6,20 +6,24 @@ import hashlib
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sandbox.types import ExceptionInfo, Limits, SandboxInfraError, Status
+from sandbox.worker.channel import DONE, FRAME
 
 
 @dataclass(frozen=True)
 class Ending:
-    """Facts about the end of a run. `killed_for`: why we killed it, when we did. `oom`: host OOM kills meanwhile."""
+    """Facts about the end of a run. `killed_for`: why we killed it, when we did. `report`: what the child said about an
+    exception. `oom`: host OOM kills meanwhile."""
 
     wait_status: int
     cpu_us: int
     killed_for: Status | None
-    report: bytes
+    report: Any
     oom: int
 
 
@@ -34,16 +38,62 @@ class Outcome:
     attested: bool = True
 
 
-def parse_report(data: bytes) -> ExceptionInfo | None:
-    """What the child said about an exception; anything malformed is nothing."""
+def parse_frame(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The one frame of a run's report (`worker/channel.py`): fields and data; anything malformed is nothing."""
+    if len(data) < FRAME.size:
+        return {}, b""
+    kind, _, head, body = FRAME.unpack_from(data)
+    if kind != DONE or len(data) != FRAME.size + head + body:
+        return {}, b""
     try:
-        report = json.loads(data)
-        fields = [report["type"], report["message"], report["traceback"]]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        fields = json.loads(data[FRAME.size : FRAME.size + head])
+    except (ValueError, RecursionError):
+        return {}, b""
+    return (fields, data[len(data) - body :]) if isinstance(fields, dict) else ({}, b"")
+
+
+def parse_files(fields: dict[str, Any], body: bytes, asked: Sequence[str]) -> dict[str, bytes]:
+    """Files that the child sent: only what was asked for."""
+    files: dict[str, bytes] = {}
+    offset = 0
+    table = fields.get("files")
+    for row in table if isinstance(table, list) else []:
+        if not isinstance(row, list) or len(row) != 2 or row[0] not in asked or not isinstance(row[1], int):
+            return {}
+        if not 0 <= row[1] <= len(body) - offset:
+            return {}
+        files[row[0]] = body[offset : offset + row[1]]
+        offset += row[1]
+    return files
+
+
+def parse_exception(fields: Any) -> ExceptionInfo | None:
+    """An exception out of type, message and traceback; anything malformed is nothing."""
+    try:
+        texts = [fields["type"], fields["message"], fields["traceback"]]
+    except (KeyError, TypeError, IndexError):
         return None
-    if not all(isinstance(field, str) for field in fields):
+    if not all(isinstance(text, str) for text in texts):
         return None
-    return ExceptionInfo(*(field.encode("utf-8", "replace").decode() for field in fields))
+    return ExceptionInfo(*(_plain(text) for text in texts))
+
+
+def parse_display(fields: dict[str, Any]) -> list[dict[str, str]]:
+    """Rich results that the child reported; what is malformed is left out."""
+    rows = fields.get("display")
+    if not isinstance(rows, list):
+        return []
+    found = [
+        {_plain(kind): _plain(text) for kind, text in row.items() if isinstance(text, str)}
+        for row in rows
+        if isinstance(row, dict)
+    ]
+    return [row for row in found if row]
+
+
+def _plain(text: str) -> str:
+    """Without lone surrogates."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def judge(ending: Ending, limits: Limits) -> Outcome:
@@ -54,7 +104,7 @@ def judge(ending: Ending, limits: Limits) -> Outcome:
         code = os.WEXITSTATUS(ending.wait_status)
         if code == 0:
             return Outcome(Status.OK, exit_code=0)
-        exception = parse_report(ending.report) if code == 1 else None
+        exception = parse_exception(ending.report) if code == 1 else None
         if exception is None:
             return Outcome(Status.EXIT, exit_code=code)
         status = Status.MEMORY_LIMIT if exception.type == "MemoryError" else Status.ERROR
@@ -83,8 +133,5 @@ def oom_kills() -> int:
 
 def digest(*parts: str) -> str:
     """SHA-256 over length-prefixed parts, so that no two different runs share the bytes."""
-    state = hashlib.sha256()
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        state.update(len(data).to_bytes(8, "big") + data)
-    return state.hexdigest()
+    encoded = [part.encode("utf-8", "surrogatepass") for part in parts]
+    return hashlib.sha256(b"".join([len(data).to_bytes(8, "big") + data for data in encoded])).hexdigest()

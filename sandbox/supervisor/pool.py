@@ -13,9 +13,10 @@ from sandbox.tiers import Tier
 from sandbox.types import SandboxInfraError
 
 
-def uids_needed(workers: int) -> int:
-    """User ids of tier `uid`: two for each child that is ready or running (its own, and its killer's), and a margin."""
-    return 2 * (2 * workers + 2)
+def uids_needed(settings: Settings) -> int:
+    """User ids of a pool of tier `uid`: two for each child that is ready or running (its own, and its killer's), for
+    each session, and a margin."""
+    return 2 * (2 * settings.workers + settings.max_sessions + 2)
 
 
 class Pool:
@@ -25,7 +26,8 @@ class Pool:
         self.settings, self.tier, self.counts = settings, tier, counts
         self.spare = settings.workers
         self.uid_base = uid_base
-        self._free_uids = deque(range(uid_base, uid_base + uids_needed(settings.workers), 2))
+        self._free_uids = deque(range(uid_base, uid_base + uids_needed(settings), 2))
+        self._known_uids = {0}
         self._ready: deque[Child] = deque()
         self._uid_freed = asyncio.Event()
         self._clearing: set[asyncio.Task[None]] = set()
@@ -48,9 +50,6 @@ class Pool:
             unit = Unit(self.settings, self.tier, self.uid_base)
             try:
                 await unit.start()
-                if self.tier.own_uid:
-                    for uid in self._free_uids:
-                        await unit.purge(uid, uid)
             except (UnitFailed, SandboxInfraError) as error:
                 raise SandboxInfraError(f"the warm interpreter did not start: {error}", "spawn_failed") from None
             self._unit = unit
@@ -70,6 +69,9 @@ class Pool:
         async with self._spawn_slots:
             uid = await self._take_uid() if self.tier.own_uid else 0
             try:
+                if uid not in self._known_uids:  # nothing that an earlier supervisor left behind may be in the way
+                    await unit.purge(uid, uid)
+                    self._known_uids.add(uid)
                 return await unit.spawn(uid)
             except BaseException:
                 if uid:

@@ -87,6 +87,7 @@ class Probe:
             "pid": os.getpid(),
             "daemon": daemon,
             "modules": modules,
+            "installed": sorted({name for known in self.settings.profiles for name in PROFILES[known].modules}),
         }
         return json.dumps(told) + "\n"
 

@@ -7,14 +7,26 @@ import json
 import math
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from sandbox.supervisor.outcome import Ending, digest, judge, oom_kills
+from sandbox import paths
+from sandbox.supervisor.outcome import (
+    Ending,
+    Outcome,
+    digest,
+    judge,
+    oom_kills,
+    parse_display,
+    parse_files,
+    parse_frame,
+)
 from sandbox.supervisor.pump import Pump, Stream, write_all
 from sandbox.supervisor.unit import Child, Unit
 from sandbox.tiers import Tier
 from sandbox.types import ExecResult, Limits, SandboxInfraError, Status, Usage
+from sandbox.worker.display import DISPLAY_BYTES
 from sandbox.worker.runner import JOB_HEADER
 
 _REPORT_BYTES = 512 * 1024
@@ -28,12 +40,15 @@ class Job:
     stdin: str
     seed: int
     limits: Limits
+    files: dict[str, bytes] = field(default_factory=dict)
+    fetch: tuple[str, ...] = ()
+    rich: bool = False
 
     def payload(self, others: int = 0) -> bytes:
         """As the child reads it. `others`: processes of the same user that count against its limit."""
         code, stdin = self.code.encode(), self.stdin.encode("utf-8", "surrogateescape")
         limits = self.limits
-        settings = {
+        settings: dict[str, Any] = {
             "memory_mb": limits.memory_mb,
             "processes": limits.processes + others,
             "file_mb": limits.file_mb,
@@ -41,11 +56,23 @@ class Job:
             "seed": self.seed,
             "stdin_size": len(stdin),
         }
+        if self.files:
+            settings["files"] = [(path, len(data)) for path, data in self.files.items()]
+        if self.fetch:
+            settings |= {"fetch": self.fetch, "fetch_cap": paths.MAX_BYTES}
+        if self.rich:
+            settings["rich"] = True
         head = json.dumps(settings).encode()
-        return JOB_HEADER.pack(len(head), len(code)) + head + code + stdin
+        return JOB_HEADER.pack(len(head), len(code)) + head + code + stdin + b"".join(self.files.values())
+
+    @property
+    def report_bytes(self) -> int:
+        """The largest report that can be right."""
+        files = paths.MAX_BYTES + 8192 * len(self.fetch) if self.fetch else 0
+        return _REPORT_BYTES + files + (DISPLAY_BYTES if self.rich else 0)
 
 
-def _neighbours(tier: Tier) -> int:
+def neighbours(tier: Tier) -> int:
     """Threads of our user: where runs share it, RLIMIT_NPROC counts them too."""
     if tier.namespaces or tier.own_uid:
         return 0
@@ -70,9 +97,9 @@ class Run:
         limits = job.limits
         self.stdout = Stream(limits.output_head_bytes, limits.output_tail_bytes)
         self.stderr = Stream(limits.output_head_bytes, limits.output_tail_bytes)
-        self.report = Stream(_REPORT_BYTES, 0)
+        self.report = Stream(job.report_bytes, 0)
         self.pump = Pump(limits.output_kill_bytes, lambda: self._stop(Status.OUTPUT_LIMIT))
-        self.talk = Pump(2 * _REPORT_BYTES, lambda: self._stop(Status.OUTPUT_LIMIT))
+        self.talk = Pump(job.report_bytes + _REPORT_BYTES, lambda: self._stop(Status.OUTPUT_LIMIT))
 
     def _stop(self, reason: Status) -> None:
         if self._killed_for is None and not self.child.exited.done():
@@ -94,7 +121,7 @@ class Run:
         self.pump.attach(child.stdout, self.stdout)
         self.pump.attach(child.stderr, self.stderr)
         self.talk.attach(child.report, self.report)
-        feeding = asyncio.ensure_future(write_all(child.job, self.job.payload(_neighbours(self.unit.tier))))
+        feeding = asyncio.ensure_future(write_all(child.job, self.job.payload(neighbours(self.unit.tier))))
         try:
             await self._end.wait()
         finally:
@@ -113,12 +140,17 @@ class Run:
             raise SandboxInfraError("the run could not be ended", "lost_child")
         if self.pump.flooded and self._killed_for is None:
             self._killed_for = Status.OUTPUT_LIMIT
-        ending = Ending(status, cpu_us, self._killed_for, bytes(self.report.head), oom_kills() - ooms)
+        report, body = parse_frame(bytes(self.report.head))
+        ending = Ending(status, cpu_us, self._killed_for, report.get("exception"), oom_kills() - ooms)
         usage = Usage(1e3 * wall, cpu_us / 1e3, queue_ms, rss_kib / 1024)
-        return self._result(ending, usage)
+        return self._result(ending, usage, report, body)
 
-    def _result(self, ending: Ending, usage: Usage) -> ExecResult:
+    def _result(self, ending: Ending, usage: Usage, report: dict[str, Any], body: bytes) -> ExecResult:
         outcome = judge(ending, self.job.limits)
+        unwritten = report.get("unwritten")
+        if self.job.files and isinstance(unwritten, str):
+            outcome = Outcome(Status.REJECTED, attested=False)
+            self.stderr.feed(f"files: {unwritten}"[:4096].encode("utf-8", "replace"))
         stdout, stderr = self.stdout.text(), self.stderr.text()
         trace = outcome.exception.traceback if outcome.exception else ""
         inputs = (self.job.code, self.job.stdin, str(self.job.seed), self.unit.settings.profile)
@@ -134,4 +166,7 @@ class Run:
             digest=digest(*inputs, outcome.status.value, str(outcome.exit_code), stdout, stderr, trace),
             attested=outcome.attested,
             isolation=self.unit.tier.name,
+            profile=self.unit.settings.profile,
+            display=tuple(parse_display(report)),
+            files=parse_files(report, body, self.job.fetch),
         )

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import contextlib
 import os
 import socket
 import time
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sandbox import paths
+from sandbox.profiles import AUTO
+from sandbox.results import encode_error, encode_result
+from sandbox.supervisor.admission import Admission as Slots
 from sandbox.supervisor.idempotency import IdempotencyStore
 from sandbox.supervisor.outcome import digest
 from sandbox.supervisor.pool import Pool, uids_needed
+from sandbox.supervisor.pools import Pools
 from sandbox.supervisor.probe import Probe, attempt
 from sandbox.supervisor.run import Job, Run
+from sandbox.supervisor.sessions import Sessions
+from sandbox.supervisor.sessions_live import Admission, Request
+from sandbox.supervisor.sessions_wire import SessionRequests
 from sandbox.supervisor.settings import Settings
+from sandbox.supervisor.unit import Child, Unit
 from sandbox.tiers import BY_NAME, NONE, TIERS, Tier
 from sandbox.types import (
     ConfinementUnavailable,
@@ -24,7 +36,6 @@ from sandbox.types import (
     Limits,
     SandboxError,
     SandboxInfraError,
-    SandboxOverloaded,
     Status,
 )
 
@@ -33,7 +44,7 @@ STDIN_BYTES = 16 * 1024 * 1024
 _UID_BLOCK = 512
 
 
-def reserve_uids(workers: int) -> tuple[int, list[socket.socket]]:
+def reserve_uids(count: int) -> tuple[int, list[socket.socket]]:
     """The first of enough user ids that nobody else of us uses here, and the locks that say so; (0, []) without root.
 
     Two supervisors must not share ids: one kills everything that runs as an id it thinks is its own.
@@ -42,7 +53,7 @@ def reserve_uids(workers: int) -> tuple[int, list[socket.socket]]:
         return 0, []
     mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
     start = 2_000_000 if mapped > 2_200_000 else 30_000
-    wanted = uids_needed(workers) // _UID_BLOCK + 1
+    wanted = count // _UID_BLOCK + 1
     locks: list[socket.socket] = []
     for block in range(60):
         lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -66,17 +77,43 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.counts: Counter[str] = Counter()
-        self.uid_base, self._uid_locks = reserve_uids(settings.workers)
-        self._slots = asyncio.Semaphore(settings.workers)
-        self._waiting = 0
+        self.uid_base, self._uid_locks = reserve_uids(uids_needed(settings) * len(settings.profiles))
+        self._slots = Slots(settings.workers, settings.queue)
         self._running: dict[int, Run] = {}
         self._idempotency = IdempotencyStore()
-        self._pool: Pool | None = None
+        self._pools: Pools | None = None
+        self.sessions = Sessions(
+            self._lend,
+            Admission(self._slots, self._count),
+            self.counts,
+            settings.max_sessions,
+            settings.max_snapshots,
+        )
+        self.session_requests = SessionRequests(self.sessions, _refusal)
+
+    def _count(self, name: str) -> None:
+        self.counts[name] += 1
+
+    async def _lend(self, profile: str) -> tuple[Unit, Child, Callable[[bool], None]]:
+        """A ready child for a session; what is returned with it takes it back."""
+        assert self._pools is not None
+        pool, unit, child = await self._pools.take(self._pools.session_name(profile or None))
+        pool.refill()
+
+        def give_back(clean: bool) -> None:
+            pool.recycle(unit, child, clean=clean)
+
+        return unit, child, give_back
+
+    def cancel_session(self, ident: str) -> None:
+        """The caller of a session's running execution has gone away."""
+        with contextlib.suppress(SandboxError):
+            self.sessions.find(ident).cancel()
 
     @property
     def tier(self) -> str:
         """Name of the tier in use."""
-        return self._pool.tier.name if self._pool else ""
+        return self._pools.tier.name if self._pools else ""
 
     def _candidates(self) -> list[Tier]:
         name, allowed = self.settings.tier, self.settings.allow_unconfined
@@ -86,20 +123,26 @@ class Service:
             return [BY_NAME[name]]
         return [*TIERS, *([NONE] if allowed else [])]
 
+    def _first_settings(self) -> Settings:
+        """Of the pool that is attacked: the default profile's."""
+        profile = self.settings.profile
+        return replace(self.settings, profile=self.settings.profiles[0] if profile == AUTO else profile)
+
     async def start(self) -> None:
         """Take the strongest tier that holds. Raises `ConfinementUnavailable` with what failed and the fix."""
         failures = []
         with Probe(self.settings) as probe:
+            first = self._first_settings()
             for tier in self._candidates():
-                pool = Pool(self.settings, tier, self.uid_base, self.counts)
+                pool = Pool(first, tier, self.uid_base, self.counts)
                 try:
                     reason = await attempt(probe, pool) if tier is not NONE else await _starts(pool)
                 except BaseException:
                     await pool.close()
                     raise
                 if not reason:
-                    self._pool = pool
-                    pool.refill()
+                    self._pools = Pools(self.settings, pool, self.counts, self.uid_base)
+                    self._pools.warm()
                     return
                 await pool.close()
                 failures.append(f"  {tier.name}: {reason}\n    needs {tier.needs}")
@@ -149,39 +192,38 @@ class Service:
             return error_reply(error), 0
         self.counts["executions"] += 1
         self.counts[f"status:{result.status.value}"] += 1
-        return {"result": asdict(result)}, len(result.stdout) + len(result.stderr) + 1024
+        size = len(result.stdout) + len(result.stderr) + sum(len(data) for data in result.files.values()) + 1024
+        return {"result": encode_result(result)}, size
 
     async def _admit(self, request: dict[str, Any], handle: int) -> ExecResult:
         limits = Limits(**request["limits"])
-        job = Job(request["code"], request["stdin"], request["seed"], limits)
-        refused = _refusal(job)
+        files = {path: base64.b64decode(data) for path, data in (request.get("files") or {}).items()}
+        fetch = tuple(dict.fromkeys(request.get("fetch") or ()))
+        job = Job(request["code"], request["stdin"], request["seed"], limits, files, fetch, bool(request.get("rich")))
+        refused = _refusal(job) or _refused_files(job)
         if refused:
             inputs = (job.code, job.stdin, str(job.seed), self.settings.profile, Status.REJECTED.value)
             return ExecResult(Status.REJECTED, stderr=refused, digest=digest(*inputs), isolation=self.tier)
-        if self._waiting >= self.settings.queue:
-            raise SandboxOverloaded(f"{self._waiting} executions wait already")
         queued = time.monotonic()
-        self._waiting += 1
+        await self._slots.acquire(request.get("owner", ""), request.get("deadline_s"))
+        started = time.monotonic()
         try:
-            await self._slots.acquire()
-        finally:
-            self._waiting -= 1
-        try:
-            return await self._run(job, handle, queued)
+            return await self._run(job, handle, request.get("profile"), queued)
         finally:
             self._slots.release()
+            self._slots.took(time.monotonic() - started)
 
-    async def _run(self, job: Job, handle: int, queued: float) -> ExecResult:
-        assert self._pool is not None
-        unit, child = await self._pool.take()
+    async def _run(self, job: Job, handle: int, profile: str | None, queued: float) -> ExecResult:
+        assert self._pools is not None
+        pool, unit, child = await self._pools.take(self._pools.name(profile, job.code))
         run = Run(unit, child, job)
         self._running[handle] = run
         try:
             return await run.execute(1e3 * (time.monotonic() - queued))
         finally:
             del self._running[handle]
-            self._pool.recycle(unit, child, clean=not run.leaked)
-            self._pool.refill()
+            pool.recycle(unit, child, clean=not run.leaked)
+            pool.refill()
 
     def cancel(self, handle: int) -> bool:
         """End a running request; False when it is not running."""
@@ -192,25 +234,40 @@ class Service:
 
     def stats(self) -> dict[str, Any]:
         """Counters since the start, and what is going on now."""
-        pool = self._pool
         return {
             **self.counts,
             "tier": self.tier,
             "workers": self.settings.workers,
             "running": len(self._running),
-            "waiting": self._waiting,
-            **(pool.describe() if pool else {}),
+            "waiting": self._slots.waiting,
+            **self.sessions.stats(),
+            **(self._pools.describe() if self._pools else {}),
+        }
+
+    def capabilities(self) -> dict[str, Any]:
+        """What this sandbox can do."""
+        tier = BY_NAME[self.tier]
+        return {
+            "tier": tier.name,
+            "profiles": list(self.settings.profiles),
+            "profile": self.settings.profile,
+            "fork": not tier.deny_fork,
+            "limits": self.settings.limits.__dict__,
+            "workers": self.settings.workers,
+            "max_sessions": self.settings.max_sessions,
+            "max_snapshots": self.settings.max_snapshots,
         }
 
     async def close(self) -> None:
         """End every run and the warm unit."""
-        if self._pool is not None:
-            await self._pool.close()
+        await self.sessions.close_all()
+        if self._pools is not None:
+            await self._pools.close()
         for lock in self._uid_locks:
             lock.close()
 
 
-def _refusal(job: Job) -> str:
+def _refusal(job: Job | Request) -> str:
     try:
         code, stdin = job.code.encode(), job.stdin.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError as error:
@@ -220,6 +277,13 @@ def _refusal(job: Job) -> str:
     if len(stdin) > STDIN_BYTES:
         return f"standard input of {len(stdin)} bytes exceeds the limit of {STDIN_BYTES}"
     return ""
+
+
+def _refused_files(job: Job) -> str:
+    if reason := paths.refusals(job.files) or paths.refusals(job.fetch):
+        return reason
+    size = sum(len(data) for data in job.files.values())
+    return f"files of {size} bytes exceed the limit of {paths.MAX_BYTES}" if size > paths.MAX_BYTES else ""
 
 
 async def _starts(pool: Pool) -> str:
@@ -232,12 +296,4 @@ async def _starts(pool: Pool) -> str:
 
 def error_reply(error: SandboxError) -> dict[str, Any]:
     """An infrastructure failure as a reply."""
-    return {
-        "error": {
-            "kind": type(error).__name__,
-            "code": error.code,
-            "retryable": error.retryable,
-            "message": str(error),
-            "retry_after": getattr(error, "retry_after", 0.0),
-        }
-    }
+    return {"error": encode_error(error)}

@@ -16,7 +16,8 @@ from sandbox.types import Limits
 class Settings:
     """`workers`: runs at once. `tier`: a name, or empty for the strongest that holds. `module_paths`: folders that the
     profile's modules were found in. `work_root`: a private folder. `client_pid`: whose death ends the supervisor.
-    `survey`: report on every tier and end."""
+    `survey`: report on every tier and end. `max_sessions`, `max_snapshots`: open at once. `profile`: the default, or
+    `auto`; `profiles`: those that are installed. `require`: properties that the tier must have."""
 
     profile: str = "py-math"
     workers: int = 2
@@ -29,6 +30,10 @@ class Settings:
     client_pid: int = 0
     client_fd: int = -1
     survey: bool = False
+    max_sessions: int = 512
+    max_snapshots: int = 256
+    profiles: tuple[str, ...] = ("py-bare",)
+    require: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """For the command line."""
@@ -39,7 +44,8 @@ class Settings:
         """Inverse of `to_json`."""
         values = json.loads(text)
         values["limits"] = Limits(**values["limits"])
-        values["module_paths"] = tuple(values["module_paths"])
+        for name in ("module_paths", "profiles", "require"):
+            values[name] = tuple(values[name])
         return cls(**values)
 
     @property

@@ -31,6 +31,11 @@ _IDENTS = itertools.count(1)
 """Ids of children, unique in this supervisor: work folders are named by them."""
 
 
+def next_ident() -> int:
+    """A new id for a child."""
+    return next(_IDENTS)
+
+
 class UnitFailed(Exception):
     """The unit could not start; the message names the step."""
 
@@ -260,6 +265,16 @@ class Unit:
         finally:
             far.close()
         return Cell(pidfd, near)
+
+    def adopt(self, child: Child) -> None:
+        """Have the zygote tell how a copy of one of its children ends, its child as well. `child.process` is open.
+
+        Raises `SandboxInfraError`.
+        """
+        if self.lost.is_set():
+            raise SandboxInfraError("the warm interpreter died", "lost_child")
+        self._children[child.ident] = child
+        wire.send_packet(self._sockets[1], wire.ADOPT, child.ident, (), (child.process,))
 
     async def _await_ready(self, child: Child) -> None:
         os.set_blocking(child.report, False)

@@ -12,13 +12,14 @@ import importlib
 import os
 import select
 import socket
+import time
 import types
 
 from sandbox import wire
 from sandbox.linux import seccomp
 from sandbox.linux import syscalls as sys_
 from sandbox.profiles import Profile
-from sandbox.worker import runner
+from sandbox.worker import runner, stage
 from sandbox.worker.jail import INIT_SEES_CHILD_AS, Jail, confine
 from sandbox.worker.memory import collapse_heap
 
@@ -39,6 +40,7 @@ def warm(profile: Profile) -> None:
 
 
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
+_STRANGERS_S = 0.2
 _HIGH = 512  # descriptors a child keeps are moved up here before everything below is closed
 
 
@@ -55,17 +57,21 @@ class Zygote:
         if jail.tier.seccomp:
             # Cached; children of `ns` all use this one.
             seccomp.prepare(seccomp.build(INIT_SEES_CHILD_AS, jail.tier.deny_fork))
-            seccomp.prepare(runner.CPU_LIMIT_LOCK)
+            seccomp.prepare(stage.CPU_LIMIT_LOCK)
         self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if jail.tier.namespaces else -1
 
     def serve(self) -> None:
         """Until the supervisor closes its end."""
+        looked = 0.0
         while True:
-            for fd, _ in self.poller.poll():
+            for fd, _ in self.poller.poll(1e3 * _STRANGERS_S):
                 if fd in self.children:
                     self._reap(fd)
                 elif not self._command():
                     return
+            if time.monotonic() - looked > _STRANGERS_S:
+                looked = time.monotonic()
+                self._reap_strangers()
 
     def _command(self) -> bool:
         packet = wire.receive_packet(self.control)
@@ -81,6 +87,10 @@ class Zygote:
                 wire.send_packet(self.control, wire.SPAWNED, ident, (pid,), (pidfd,))
             except OSError as error:
                 wire.send_packet(self.control, wire.FAILED, ident, (error.errno or 0,))
+        elif kind == wire.ADOPT and fds:
+            pidfd = fds.pop()
+            self.children[pidfd] = (ident, 0)
+            self.poller.register(pidfd, select.POLLIN)
         for fd in fds:
             os.close(fd)
         return True
@@ -139,7 +149,25 @@ class Zygote:
     def _reap(self, pidfd: int) -> None:
         ident, pid = self.children.pop(pidfd)
         self.poller.unregister(pidfd)
-        os.close(pidfd)
-        _, status, usage = os.wait4(pid, 0)
+        try:
+            if not pid:
+                found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+                pid = found.si_pid if found else 0
+            _, status, usage = os.wait4(pid, 0)
+        except ChildProcessError:  # an adopted process that had ended too early, or was never ours
+            wire.send_packet(self.control, wire.EXITED, ident, (wire.UNKNOWN_STATUS, 0, 0))
+            return
+        finally:
+            os.close(pidfd)
         cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
         wire.send_packet(self.control, wire.EXITED, ident, (status, cpu, usage.ru_maxrss))
+
+    def _reap_strangers(self) -> None:
+        """User code can make processes our children (CLONE_PARENT). Their zombies would count against its user id."""
+        try:
+            while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+                if any(fd in self.children for fd, _ in self.poller.poll(0)):
+                    return  # perhaps one that we know: its turn comes first
+                os.waitpid(ended.si_pid, 0)
+        except ChildProcessError:
+            pass

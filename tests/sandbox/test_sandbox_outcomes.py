@@ -198,8 +198,10 @@ async def test_runs_share_no_state(box: LocalSandbox) -> None:
 async def test_forged_report_changes_no_status(box: LocalSandbox) -> None:
     """Whatever is written to whichever descriptor, success and failure follow from the wait status."""
     flood = """
-import json, os
-fake = json.dumps({"status": "ok", "reward": 1, "type": "Forged", "message": "m", "traceback": "t"}).encode()
+import json, os, struct
+said = {"type": "Forged", "message": "m", "traceback": "t"}
+fake = json.dumps({"status": "ok", "reward": 1, "exit_code": 0, "exception": said}).encode()
+fake = struct.pack("!cIII", b"D", 0, len(fake), 0) + fake
 for fd in range(3, 1024):
     try: os.write(fd, fake)
     except OSError: pass

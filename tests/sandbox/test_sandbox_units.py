@@ -18,9 +18,10 @@ from sandbox import Limits, SandboxInfraError, SandboxProtocolError, Status, wir
 from sandbox.linux import seccomp
 from sandbox.linux.numbers import ALLOWED, SPECIAL
 from sandbox.supervisor import idempotency
-from sandbox.supervisor.outcome import Ending, digest, judge, parse_report
+from sandbox.supervisor.outcome import Ending, digest, judge, parse_exception, parse_files, parse_frame
 from sandbox.supervisor.pump import Stream
 from sandbox.supervisor.settings import Settings
+from sandbox.worker.channel import DONE, FRAME
 from sandbox.worker.display import describe
 from tests.sandbox.conftest import ROOT
 
@@ -116,7 +117,8 @@ EXITED = {code: code << 8 for code in (0, 1, 3)}
     ],
 )
 def test_judgement(status: int, cpu_us: int, killed_for: Status | None, report: bytes, expected: Status) -> None:
-    assert judge(Ending(status, cpu_us, killed_for, report, 0), Limits()).status is expected
+    said, _ = parse_frame(FRAME.pack(DONE, 0, len(report), 0) + report)
+    assert judge(Ending(status, cpu_us, killed_for, said, 0), Limits()).status is expected
 
 
 @pytest.mark.parametrize(("oom", "code"), [(0, "lost_child"), (2, "oom_host")])
@@ -128,7 +130,23 @@ def test_an_unexplained_kill_is_ours(oom: int, code: str) -> None:
 
 @given(st.binary())
 def test_any_report_is_parsed_or_nothing(data: bytes) -> None:
-    assert parse_report(data) is None or json.loads(data)
+    for frame in (data, FRAME.pack(DONE, 0, len(data), 0) + data):
+        fields, body = parse_frame(frame)
+        assert body == b"" and (fields == {} or fields == json.loads(data))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | text,
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["type", "message", "traceback", "files"]), inner),
+)
+
+
+@given(json_values, st.binary())
+def test_any_fields_are_an_exception_or_nothing(fields: object, body: bytes) -> None:
+    found = parse_exception(fields)
+    assert found is None or all(isinstance(value, str) for value in found.__dict__.values())
+    for name, data in parse_files({"files": fields}, body, ["a", "b"]).items():
+        assert name in ("a", "b") and data in body
 
 
 @given(st.lists(text, min_size=1), st.lists(text, min_size=1))

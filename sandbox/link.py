@@ -1,0 +1,127 @@
+"""One supervisor process of a client's own, and the requests that are under way to it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sandbox.frames import FrameProtocol
+from sandbox.results import decode_error
+from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
+from sandbox.types import SandboxUnavailable
+
+_BOOT = Path(__file__).resolve().parent / "boot.py"
+_CANARY = "RETOOL_SANDBOX_CANARY"
+
+
+class Link:
+    """One supervisor process and the requests under way."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.folder = tempfile.mkdtemp(prefix="retool-sandbox-")
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        if os.geteuid() == 0:
+            Path(self.folder).chmod(0o711)  # runs with a user id of their own must reach their work folders
+        values = {**settings.__dict__, "work_root": self.folder, "client_fd": far.fileno(), "client_pid": os.getpid()}
+        self.log = Path(self.folder, "supervisor.log")
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-s", "-P", str(_BOOT), "supervisor", Settings(**values).to_json()],
+                env={**CLEAN_ENVIRONMENT, _CANARY: secrets.token_hex(16)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(far.fileno(),),
+                cwd="/",
+                start_new_session=True,
+            )
+        far.close()
+        self.near = near
+        self.pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.dead = False
+        self._ids = itertools.count(1)
+        self._frames = FrameProtocol(self._message, self._end)
+        self._transport: asyncio.Transport | None = None
+
+    async def open(self) -> dict[str, Any]:
+        """Wait for the supervisor's first words."""
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        hello: asyncio.Future[dict[str, Any]] = loop.create_future()
+        self.pending[0] = hello
+        self._transport, _ = await loop.create_connection(lambda: self._frames, sock=self.near)
+        return await hello
+
+    def _message(self, message: dict[str, Any]) -> None:
+        future = self.pending.pop(message["id"], None)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _end(self, reason: str) -> None:
+        self.dead = True
+        if not self.pending:
+            return
+        text = (reason or "the sandbox supervisor died") + self._last_words()
+        for future in self.pending.values():
+            if not future.done():
+                future.set_exception(SandboxUnavailable(text))
+        self.pending.clear()
+
+    def _last_words(self) -> str:
+        try:
+            text = self.log.read_text(errors="replace").strip()
+        except OSError:
+            return ""
+        return f": {text[-2000:]}" if text else ""
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Queue a message for the supervisor that needs no answer, or whose answer is awaited already."""
+        self._frames.send(message)
+
+    async def ask(self, message: dict[str, Any], cancel: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Send a request and wait for its reply. `cancel`: what to send when the caller does not want it any more.
+
+        Raises `SandboxUnavailable` when the supervisor dies, and the error that the reply holds.
+        """
+        if self.dead:
+            raise SandboxUnavailable("the sandbox supervisor died")
+        ident = next(self._ids)
+        message["id"] = ident
+        future = self._loop.create_future()
+        self.pending[ident] = future
+        try:
+            self._frames.send(message)
+            reply: dict[str, Any] = await future
+        except asyncio.CancelledError:
+            if cancel is not None and not self.dead:
+                self._frames.send({"id": next(self._ids), "target": ident, **cancel})
+            raise
+        finally:
+            self.pending.pop(ident, None)
+        if "error" in reply:
+            raise decode_error(reply["error"])
+        return reply
+
+    async def close(self) -> None:
+        """Hang up and wait until the supervisor, and with it everything it started, has ended."""
+        self.dead = True
+        if self._transport is not None:
+            self._transport.close()
+        else:
+            self.near.close()
+        self._end("the sandbox was closed")
+        try:
+            await asyncio.to_thread(self.process.wait, 15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            await asyncio.to_thread(self.process.wait)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""A handle of a session in the embedded supervisor."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any, Self
+
+from sandbox.link import Link
+from sandbox.results import decode_result
+from sandbox.types import ExecResult, FileInfo, Limits, SandboxUnavailable, Session, SessionError
+
+
+class LocalSession:
+    """See `Session`. A handle may be used by several tasks; two executions at once are `busy`.
+
+    It belongs to one supervisor: when that dies, calls under way raise `SandboxUnavailable` and later ones
+    `SessionError(session_ended)`.
+    """
+
+    def __init__(self, link: Link, opened: dict[str, Any]) -> None:
+        self._link = link
+        self.id: str = opened["session"]
+        self.ttl_s: float = opened["ttl_s"]
+        """Seconds that the lease lasts from each call."""
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _ask(self, op: str, cancel: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+        if self._link.dead:
+            raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
+        return await self._link.ask({"op": op, "session": self.id, **fields}, cancel)
+
+    async def exec(
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        limits: Limits | None = None,
+        expect_step: int | None = None,
+        rich: bool = False,
+    ) -> ExecResult:
+        """See `Session.exec`. A cancelled call interrupts the execution, unless `expect_step` says that somebody
+        may come back for it."""
+        message: dict[str, Any] = {"op": "session.exec", "session": self.id, "code": code}
+        if stdin:
+            message["stdin"] = stdin
+        if limits is not None:
+            message["limits"] = asdict(limits)
+        if expect_step is not None:
+            message["expect_step"] = expect_step
+        if rich:
+            message["rich"] = True
+        if self._link.dead:
+            raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
+        cancel = {"op": "session.cancel", "session": self.id} if expect_step is None else None
+        return decode_result((await self._link.ask(message, cancel))["result"])
+
+    async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
+        """See `Session.fork`."""
+        plain = None if seeds is None else [int(seed) for seed in seeds]
+        reply = await self._ask("session.fork", count=count, seeds=plain)
+        return [LocalSession(self._link, row) for row in reply["sessions"]]
+
+    async def snapshot(self) -> str:
+        """See `Session.snapshot`."""
+        return str((await self._ask("session.snapshot"))["snapshot"])
+
+    async def restore(self, snapshot: str) -> None:
+        """See `Session.restore`."""
+        await self._ask("session.restore", snapshot=snapshot)
+
+    async def interrupt(self) -> bool:
+        """See `Session.interrupt`."""
+        return bool((await self._ask("session.interrupt"))["interrupted"])
+
+    async def write_file(self, path: str, data: bytes) -> None:
+        """See `Session.write_file`."""
+        await self._ask("session.put", path=path, data=base64.b64encode(data).decode())
+
+    async def read_file(self, path: str) -> bytes:
+        """See `Session.read_file`."""
+        return base64.b64decode((await self._ask("session.get", path=path))["data"])
+
+    async def list_files(self) -> list[FileInfo]:
+        """See `Session.list_files`."""
+        return [FileInfo(path, size) for path, size in (await self._ask("session.list"))["files"]]
+
+    async def heartbeat(self) -> float:
+        """See `Session.heartbeat`."""
+        return float((await self._ask("session.heartbeat"))["ttl_s"])
+
+    async def close(self) -> None:
+        """See `Session.close`."""
+        if not self._link.dead:
+            with contextlib.suppress(SandboxUnavailable):  # then it has ended, too
+                await self._ask("session.close")

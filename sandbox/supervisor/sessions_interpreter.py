@@ -1,0 +1,282 @@
+"""The supervisor's end of one live interpreter: commands out, answers in, output kept.
+
+The reader of answers stays for its whole life. Output is read when an execution ends, and while it goes on only if it
+lasts: most end before a reader would have been worth its registration.
+
+Nothing that comes back is trusted: sizes are capped, an answer counts only when its number is the one that is awaited.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sandbox.supervisor.pump import Stream
+from sandbox.supervisor.unit import Child
+from sandbox.types import Limits, SessionError
+from sandbox.worker import channel
+
+Answer = Callable[[dict[str, Any], bytes], None]
+
+ANSWER_BYTES = 512 * 1024
+"""Largest ordinary answer."""
+_PROCESS_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
+_CHUNK = 32 * 1024
+_DRAIN_READS = 256
+
+
+class Output:
+    """What an execution has printed; `cap` bounds both streams together."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.stdout = Stream(limits.output_head_bytes, limits.output_tail_bytes)
+        self.stderr = Stream(limits.output_head_bytes, limits.output_tail_bytes)
+        self.cap = limits.output_kill_bytes
+
+    @property
+    def flooded(self) -> bool:
+        """Whether more than the cap came out."""
+        return self.stdout.total + self.stderr.total > self.cap
+
+
+_NOTHING = Output(Limits())
+
+
+class Interpreter:
+    """`on_flood` is called when an execution prints more than its cap, `on_nonsense` when its report is no frame."""
+
+    def __init__(self, child: Child, pid: int) -> None:
+        self.child, self.pid = child, pid
+        self.clock = (~pid << 3) | 2  # the kernel's number for the CPU clock of that process
+        self.output = _NOTHING
+        self.on_flood: Callable[[], None] | None = None
+        self.on_nonsense: Callable[[], None] | None = None
+        self._outputs = (child.stdout, child.stderr)
+        self._listening = False
+        self._closed: set[int] = set()
+        self._number = 0
+        self._answer: Answer | None = None
+        self._cap = 0
+        self._buffer = bytearray()
+        self._unsent = b""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(child.report, self._read_report)
+
+    # --- output ---------------------------------------------------------------------------------------------------
+
+    def _read_output(self, fd: int) -> bool:
+        """Read once; False when there is nothing more now."""
+        try:
+            data = os.read(fd, _CHUNK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(fd)
+            self._closed.add(fd)
+            return False
+        output = self.output
+        (output.stdout if fd == self.child.stdout else output.stderr).feed(data)
+        if self.on_flood is not None and output.flooded:
+            self.on_flood()
+        return True
+
+    def begin(self, limits: Limits, on_flood: Callable[[], None]) -> None:
+        """From here on output belongs to a new execution: what a thread has printed since the last one, too."""
+        self.output, self.on_flood = Output(limits), on_flood
+
+    def listen(self) -> None:
+        """Read output while the execution goes on: it has lasted longer than most. Its pipe could become full."""
+        if not self._listening:
+            self._listening = True
+            for fd in self._outputs:
+                if fd not in self._closed:
+                    self._loop.add_reader(fd, self._read_output, fd)
+
+    def finish(self) -> Output:
+        """The output of the execution that has ended, to the last byte that is in the pipes."""
+        for fd in self._outputs:
+            if self._listening:
+                self._loop.remove_reader(fd)
+            if fd not in self._closed:
+                for _ in range(_DRAIN_READS):
+                    if not self._read_output(fd):
+                        break
+        self._listening = False
+        output, self.output, self.on_flood = self.output, _NOTHING, None
+        return output
+
+    # --- commands and answers -------------------------------------------------------------------------------------
+
+    def send(
+        self, kind: bytes, fields: dict[str, Any] | None, data: bytes, answer: Answer, cap: int = ANSWER_BYTES
+    ) -> None:
+        """Send a command; `answer` is called with what comes back, of at most `cap` bytes. One at a time."""
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        self._answer, self._cap = answer, cap + channel.FRAME.size
+        self.send_job(channel.pack(kind, self._number, fields, data))
+
+    def send_job(self, payload: bytes) -> None:
+        """Write to the job socket, now or as soon as it takes more."""
+        try:
+            sent = os.write(self.child.job, payload)
+        except BlockingIOError:
+            sent = 0
+        except OSError:  # it has closed its end: it will never answer
+            self._nonsense()
+            return
+        if sent < len(payload):
+            self._unsent = payload[sent:]
+            self._loop.add_writer(self.child.job, self._write_rest)
+
+    def _write_rest(self) -> None:
+        try:
+            self._unsent = self._unsent[os.write(self.child.job, self._unsent[: 1 << 20]) :]
+        except BlockingIOError:
+            return
+        except OSError:
+            self._unsent = b""
+            self._nonsense()
+        if not self._unsent:
+            self._loop.remove_writer(self.child.job)
+
+    def send_descriptors(self, fds: list[int]) -> None:
+        """After a FORK command. Raises `OSError`."""
+        job = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=self.child.job)
+        try:
+            socket.send_fds(job, [b"f"], fds)
+        finally:
+            job.detach()
+
+    async def ask(
+        self, kind: bytes, fields: dict[str, Any] | None = None, data: bytes = b"", cap: int = ANSWER_BYTES
+    ) -> tuple[dict[str, Any], bytes]:
+        """`send`, and wait for the answer. The caller limits the time. Raises `SessionError(session_ended)`."""
+        future: asyncio.Future[tuple[dict[str, Any], bytes]] = self._loop.create_future()
+
+        def ended(_: object) -> None:
+            if not future.done():
+                future.set_exception(SessionError("the session has ended: its process has ended", "session_ended"))
+
+        def answered(answer: dict[str, Any], body: bytes) -> None:
+            if not future.done():
+                future.set_result((answer, body))
+
+        self.child.exited.add_done_callback(ended)
+        self.send(kind, fields, data, answered, cap)
+        try:
+            return await future
+        finally:
+            self.child.exited.remove_done_callback(ended)
+
+    def _nonsense(self) -> None:
+        if self.on_nonsense is not None:
+            self.on_nonsense()
+
+    def _read_report(self) -> None:
+        try:
+            data = os.read(self.child.report, _CHUNK)
+        except BlockingIOError:
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._loop.remove_reader(self.child.report)
+            self._closed.add(self.child.report)
+            return
+        if self._buffer:
+            self._buffer += data
+            data = bytes(self._buffer) if self._complete(self._buffer) else b""
+            if not data:
+                return
+            self._buffer.clear()
+        self._take(data)
+
+    def _complete(self, buffer: bytearray) -> bool:
+        """Whether the first frame is there, or can never be right."""
+        if len(buffer) < channel.FRAME.size:
+            return False
+        _, _, head, body = channel.FRAME.unpack_from(buffer)
+        return len(buffer) >= channel.FRAME.size + head + body or channel.FRAME.size + int(head) + int(body) > self._cap
+
+    def _take(self, data: bytes) -> None:
+        """Every whole frame in `data`; the rest waits for more."""
+        while len(data) >= channel.FRAME.size:
+            kind, number, head, body = channel.FRAME.unpack_from(data)
+            end = channel.FRAME.size + head + body
+            if kind != channel.DONE or end > max(self._cap, ANSWER_BYTES):
+                self._nonsense()
+                return
+            if len(data) < end:
+                break
+            if number == self._number and self._answer is not None:
+                self._hear(data[channel.FRAME.size : channel.FRAME.size + head], data[end - body : end])
+            data = data[end:]
+        self._buffer += data
+
+    def _hear(self, head: bytes, body: bytes) -> None:
+        try:
+            fields = json.loads(head) if head else {}
+        except (ValueError, RecursionError):
+            fields = None
+        if not isinstance(fields, dict):
+            self._nonsense()
+            return
+        answer, self._answer = self._answer, None
+        if answer is not None:
+            answer(fields, body)
+
+    # --- the process ----------------------------------------------------------------------------------------------
+
+    def cpu_s(self) -> float:
+        """CPU seconds of the process so far; 0 when it is gone."""
+        try:
+            return time.clock_gettime(self.clock)
+        except OSError:
+            return 0.0
+
+    def interrupt(self) -> None:
+        """SIGINT: KeyboardInterrupt where user code runs, nothing elsewhere."""
+        with contextlib.suppress(OSError):
+            signal.pidfd_send_signal(self.child.process, signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL to it and, where the kernel can, to its process group."""
+        if self.child.process < 0:
+            return
+        try:
+            signal.pidfd_send_signal(self.child.process, signal.SIGKILL, None, _PROCESS_GROUP)
+        except ProcessLookupError:
+            pass
+        except OSError:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.child.process, signal.SIGKILL)
+
+    def detach(self) -> None:
+        """Stop reading and writing; the descriptors stay open for whoever closes the child."""
+        for fd in (self.child.stdout, self.child.stderr, self.child.report):
+            if fd >= 0:
+                self._loop.remove_reader(fd)
+        if self.child.job >= 0:
+            self._loop.remove_writer(self.child.job)
+        self.on_flood = self.on_nonsense = self._answer = None
+        self._closed.update((self.child.stdout, self.child.stderr))
+
+
+def pid_of(pidfd: int) -> int:
+    """The process id behind a pidfd, as we see it. Raises `ProcessLookupError` when it is gone."""
+    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
+        if line.startswith("Pid:"):
+            pid = int(line.split()[1])
+            if pid > 0:
+                return pid
+    raise ProcessLookupError(f"nothing behind pidfd {pidfd}")

@@ -1,0 +1,133 @@
+"""A tree: a child of the warm unit and every copy made of it. One user id, one process namespace, one trust domain."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Awaitable, Callable
+
+from sandbox.supervisor.sessions_interpreter import Interpreter
+from sandbox.supervisor.unit import Child, Unit
+from sandbox.types import Limits, SandboxInfraError
+
+MAX_MEMBERS = 256
+"""Live interpreters of one tree, sleeping snapshots included."""
+_END_S = 10.0
+
+
+class Tree:
+    """`release` ends one member; with the last one the whole tree is killed and its user id given back."""
+
+    def __init__(self, unit: Unit, root: Child, pid: int, limits: Limits, give_back: Callable[[bool], None]) -> None:
+        self.unit, self.root, self.limits = unit, root, limits
+        self.members: set[Interpreter] = set()
+        self.user, _ = owner_and_parent(pid)
+        self.namespace = _namespace(pid) if unit.tier.namespaces else ""
+        self._give_back = give_back
+        self._folders = 0
+        self._domains = 0
+
+    def next_folder(self) -> str:
+        """A name that no copy of this tree has had."""
+        self._folders += 1
+        return str(self._folders)
+
+    def next_domain(self) -> int:
+        """A number for a new Landlock domain; 0 is the root's."""
+        self._domains += 1
+        return self._domains
+
+    @property
+    def processes(self) -> int:
+        """What RLIMIT_NPROC of a member must be: it counts every process of the tree."""
+        return self.limits.processes + max(0, len(self.members) - 1)
+
+    def holds(self, pid: int) -> bool:
+        """Whether a process is of this tree and a child of the zygote. Raises `OSError` when it cannot be told."""
+        user, parent = owner_and_parent(pid)
+        if user != self.user or parent != self.unit.zygote_pid:
+            return False
+        return not self.namespace or _namespace(pid) == self.namespace
+
+    async def release(self, member: Interpreter) -> None:
+        """End a member and close what belongs to it."""
+        if member not in self.members:
+            return
+        self.members.discard(member)
+        member.kill()
+        if not self.members:
+            member.detach()
+            if member.child is not self.root:
+                await _ended(member.child)
+                member.child.close()
+            await self._end()
+            return
+        await _ended(member.child)
+        member.detach()
+        if member.child is self.root:
+            _close_streams(member.child)  # the rest is needed to end the tree
+        else:
+            member.child.close()
+
+    async def _end(self) -> None:
+        clean = False
+        try:
+            clean = await self.unit.kill(self.root)
+        finally:
+            self.root.close()
+            self._give_back(clean)
+
+
+async def _ended(child: Child) -> None:
+    """Until the kernel has said how it ended; not for ever."""
+    try:
+        async with asyncio.timeout(_END_S):
+            await _quiet(asyncio.shield(child.exited))
+    except TimeoutError:
+        pass
+
+
+async def _quiet(waiting: Awaitable[object]) -> None:
+    with contextlib.suppress(SandboxInfraError):
+        await waiting
+
+
+def _close_streams(child: Child) -> None:
+    for name in ("job", "stdout", "stderr", "report"):
+        fd = getattr(child, name)
+        if fd >= 0:
+            os.close(fd)
+            setattr(child, name, -1)
+
+
+def owner_and_parent(pid: int) -> tuple[int, int]:
+    """Real user id and parent of a process, as the kernel says. Raises `OSError`."""
+    status = _status(pid)
+    return _field(status, b"\nUid:"), _field(status, b"\nPPid:")
+
+
+def threads(pid: int) -> int:
+    """Threads of a process. Raises `OSError`."""
+    return _field(_status(pid), b"\nThreads:")
+
+
+def _status(pid: int) -> bytes:
+    fd = os.open(f"/proc/{pid}/status", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 8192)
+    finally:
+        os.close(fd)
+
+
+def _field(status: bytes, name: bytes) -> int:
+    """The first number of a line. Process names cannot hold a line break: the kernel escapes them."""
+    start = status.index(name) + len(name)
+    return int(status[start : status.index(b"\n", start)].split()[0])
+
+
+def _namespace(pid: int) -> str:
+    return os.readlink(f"/proc/{pid}/ns/pid")  # noqa: PTH115
+
+
+__all__ = ["MAX_MEMBERS", "Tree", "owner_and_parent", "threads"]

@@ -1,0 +1,241 @@
+"""Copying a live interpreter: the fork itself, and what makes the copy a session of its own.
+
+The copy is a child of the zygote (CLONE_PARENT), not of the interpreter that is copied: its end is attested by the
+zygote's wait status, user code that waits for "any child" does not see it, and it outlives its parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import random
+import select
+import signal
+import stat
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sandbox.linux import landlock
+from sandbox.linux import syscalls as sys_
+from sandbox.linux.numbers import SPECIAL
+from sandbox.paths import BRANCHES
+from sandbox.worker import root, stage
+from sandbox.worker.files import FileError, walk
+
+COPY_BYTES = 64 * 1024 * 1024
+"""Files of a work folder larger than this in all make it `fork_unsafe`."""
+COPY_ENTRIES = 4_000
+_CLONE_PARENT, _CLONE_CHILD_SETTID, _CLONE_CHILD_CLEARTID = 0x8000, 0x01000000, 0x00200000
+_PR_GET_TID_ADDRESS, _PR_SET_DUMPABLE = 40, 4
+_HARMLESS_DEVICES = {(1, 3), (1, 5), (1, 7), (1, 8), (1, 9)}  # null, zero, full, random, urandom
+_HELD = ctypes.PyDLL(None, use_errno=True)  # calls that keep the interpreter lock: nothing may run around a fork
+
+
+def _tid_address() -> int:
+    """Where libc keeps the main thread's id, which the kernel must correct in a copy; 0 when it cannot be told."""
+    pointer = ctypes.c_void_p()
+    if not sys_.SUPPORTED or _HELD.prctl(_PR_GET_TID_ADDRESS, ctypes.byref(pointer), 0, 0, 0) != 0 or not pointer.value:
+        return 0
+    known = ctypes.c_int.from_address(pointer.value).value
+    return pointer.value if known == os.getpid() else 0
+
+
+_TID_ADDRESS = _tid_address()
+
+
+def clone_sibling() -> int:
+    """`os.fork` with our parent as the copy's parent. Returns 0 in the copy. Raises `OSError`."""
+    flags = _CLONE_PARENT | signal.SIGCHLD
+    if _TID_ADDRESS:
+        flags |= _CLONE_CHILD_SETTID | _CLONE_CHILD_CLEARTID
+    tid, none = ctypes.c_void_p(_TID_ADDRESS), ctypes.c_void_p(0)
+    last = (tid, none) if sys_.MACHINE == "x86_64" else (none, tid)
+    number = ctypes.c_long(SPECIAL[sys_.MACHINE]["clone"])
+    arguments = (number, ctypes.c_long(flags), none, none, *last)
+    call, error = _HELD.syscall, ctypes.get_errno
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = call(*arguments)
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0
+    code = error()
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(code, f"clone: {os.strerror(code)}")
+    return int(pid)
+
+
+@dataclass
+class Home:
+    """Where an interpreter lives: its work folder, and the folder beneath which its Landlock layer lets it write."""
+
+    folder: str
+    domain: str
+
+
+class Unsafe(Exception):
+    """The interpreter cannot be copied; the message says why."""
+
+
+def _open_descriptors(ours: Iterable[int]) -> list[int]:
+    """Descriptors above 2 that are open and not ours. One `poll` asks for all of them."""
+    poller = select.poll()
+    for fd in range(3, 256):
+        poller.register(fd, 0)
+    closed = {fd for fd, event in poller.poll(0) if event & select.POLLNVAL}
+    return [fd for fd in range(3, 256) if fd not in closed and fd not in ours]
+
+
+def check(ours: Iterable[int]) -> list[tuple[int, int, int]]:
+    """Whether a copy could be a session: (descriptor, device, inode) of files to be opened anew. Raises `Unsafe`."""
+    try:
+        ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        pass
+    else:
+        raise Unsafe(f"the session has a child process that {'nobody waited for' if ended else 'runs'}")
+    files = []
+    for fd in _open_descriptors(ours):
+        found = os.fstat(fd)
+        if stat.S_ISCHR(found.st_mode) and (os.major(found.st_rdev), os.minor(found.st_rdev)) in _HARMLESS_DEVICES:
+            continue
+        if stat.S_ISREG(found.st_mode) and found.st_nlink:
+            files.append((fd, found.st_dev, found.st_ino))
+        else:
+            kind = "a deleted file" if stat.S_ISREG(found.st_mode) else "a pipe, socket or folder"
+            raise Unsafe(f"descriptor {fd} is {kind}: copies would share it; close it first")
+    return files
+
+
+def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
+    """Copy the files of `old` into the new folder `new`; (device, inode) -> path. Raises `Unsafe`, `OSError`."""
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(os.path.dirname(new), 0o700)  # noqa: PTH102, PTH120
+    os.mkdir(new, 0o700)  # noqa: PTH102
+    total = count = 0
+    paths: dict[tuple[int, int], str] = {}
+    base = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for folder, name, path, found in walk(base):
+            count += 1
+            target = f"{new}/{path}"
+            if stat.S_ISDIR(found.st_mode):
+                os.mkdir(target, 0o700)  # noqa: PTH102
+            elif stat.S_ISLNK(found.st_mode):
+                os.symlink(os.readlink(name, dir_fd=folder), target)  # noqa: PTH211
+            elif stat.S_ISREG(found.st_mode):
+                total += found.st_blocks * 512
+                if total <= cap:
+                    _copy_file(folder, name, target)
+                paths[found.st_dev, found.st_ino] = target
+            else:
+                raise Unsafe(f"the work folder holds {path!r}, which is neither file, folder nor link")
+            if total > cap or count > COPY_ENTRIES:
+                raise Unsafe(
+                    f"the work folder holds more than {cap >> 20} MiB or {COPY_ENTRIES} entries ({total} bytes seen): "
+                    "too much to copy"
+                )
+    finally:
+        os.close(base)
+    return paths
+
+
+def _copy_file(folder: int, name: str, target: str) -> None:
+    source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        found = os.fstat(source)
+        copy = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            while os.sendfile(copy, source, None, 1 << 24):
+                pass
+            os.fchmod(copy, stat.S_IMODE(found.st_mode))
+        finally:
+            os.close(copy)
+    finally:
+        os.close(source)
+
+
+def _reopen(files: list[tuple[int, int, int]], paths: dict[tuple[int, int], str]) -> None:
+    """Let descriptors of the old folder's files mean the copies, at the same offset."""
+    for fd, device, inode in files:
+        path = paths.get((device, inode))
+        if path is None:
+            raise Unsafe(f"descriptor {fd} is a file outside the work folder: copies would share its offset; close it")
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
+        offset = os.lseek(fd, 0, os.SEEK_CUR)
+        inheritable = os.get_inheritable(fd)
+        copy = os.open(path, flags | os.O_CLOEXEC)
+        os.lseek(copy, offset, os.SEEK_SET)
+        os.dup2(copy, fd, inheritable)
+        os.close(copy)
+
+
+def readable_paths(workdir: str) -> list[str]:
+    """What a branch may still read besides its own folder: all that its parent may, save other work folders."""
+    prefixes = (sys.prefix, sys.base_prefix, sys.exec_prefix, *sys.path)
+    candidates = [*root.SYSTEM_PATHS, *root.ETC_FILES, "/etc", "/proc", "/dev", *prefixes]
+    real = {os.path.realpath(path) for path in candidates if path}
+    ours = ("/", workdir)
+    found = [p for p in real if p not in ours and not workdir.startswith(p + "/") and os.path.exists(p)]  # noqa: PTH110
+    return sorted(p for p in found if not any(p.startswith(other + "/") for other in found))
+
+
+def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]], readable: list[str]) -> Home:
+    """In the copy: take a folder, streams, walls and random numbers of its own. Returns where it lives now.
+
+    `fields`: folder (its name), layer (whether to add a Landlock layer), seed (None: keep the state).
+    """
+    folder = f"{home.domain}/{BRANCHES}/{fields['folder']}"
+    paths = copy_folder(home.folder, folder, COPY_BYTES)
+    _reopen(files, paths)
+    inside = os.getcwd()  # noqa: PTH109
+    if inside.startswith(home.folder):
+        with contextlib.suppress(OSError):
+            os.chdir(folder + inside[len(home.folder) :])
+    if not os.getcwd().startswith(folder):  # noqa: PTH109
+        os.chdir(folder)
+    os.environ.update(HOME=folder, TMPDIR=folder, PWD=folder)
+    tempfile = sys.modules.get("tempfile")
+    if tempfile is not None:
+        tempfile.__dict__["tempdir"] = None  # found anew, from TMPDIR
+    if fields["layer"]:
+        if landlock.abi():
+            landlock.restrict_self(landlock.build(readable, [folder], root.DEVICES))
+        home = Home(folder, folder)
+    else:
+        home = Home(folder, home.domain)
+    if fields["seed"] is not None:
+        stage.seed_all(fields["seed"])
+    return home
+
+
+def sleep() -> None:
+    """Turn this copy into a snapshot: processes of the same user can neither signal nor look into it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, set(range(1, signal.NSIG)) - {signal.SIGKILL, signal.SIGSTOP})
+    sys_.prctl(_PR_SET_DUMPABLE, 0)
+
+
+def wake() -> None:
+    """In a copy of a snapshot: be an ordinary session again."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    sys_.prctl(_PR_SET_DUMPABLE, 1)
+
+
+def random_states() -> tuple[Any, Any]:
+    """States of `random` and numpy's global generator: a fork reseeds the first."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy.random.get_state() if numpy is not None else None
+
+
+def set_random_states(states: tuple[Any, Any]) -> None:
+    """Inverse of `random_states`."""
+    random.setstate(states[0])
+    if states[1] is not None:
+        sys.modules["numpy"].random.set_state(states[1])
+
+
+__all__ = ["FileError", "Home", "Unsafe", "check", "clone_sibling", "settle"]

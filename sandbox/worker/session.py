@@ -1,0 +1,226 @@
+"""The loop of a live interpreter: one command, one answer, until the supervisor hangs up or kills it.
+
+User code shares this process and may break everything here; that is its own session's loss. What is answered is what
+the session says about itself: limits, clocks and the kill are the supervisor's.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import json
+import os
+import resource
+import signal
+import socket
+import sys
+from typing import Any
+
+from sandbox.linux import seccomp
+from sandbox.linux.syscalls import SUPPORTED
+from sandbox.worker import branch, channel, files, stage
+from sandbox.worker.display import cell_name, describe, rich_results, run_source
+
+_TREE_LOCK = seccomp.build_tree_lock() if SUPPORTED else b""
+_HIGH = 250  # below the limit of descriptors, 256
+
+
+class Interpreter:
+    """State of one live interpreter."""
+
+    def __init__(self, job: int, report: int, settings: dict[str, Any], filtered: bool) -> None:
+        self.job, self.report, self.filtered = job, report, filtered
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job)
+        self.processes = settings["processes"]
+        folder = os.getcwd()  # noqa: PTH109
+        self.home = branch.Home(folder, folder)
+        self.readable = branch.readable_paths(folder)
+        self.raw = stage.fresh_streams()
+        self.stdout = sys.stdout
+        self.names = stage.main_module()
+        self.armed = False
+        self.asleep = False
+        self.may_kill = True
+        self.fed = False  # whether standard input holds something
+        self.number = 0
+
+    def _interrupt(self, *_: object) -> None:
+        if self.armed:
+            raise KeyboardInterrupt
+
+    def serve(self) -> None:
+        """Never returns."""
+        signal.signal(signal.SIGINT, self._interrupt)
+        while True:
+            kind, number, json_size, data_size = channel.FRAME.unpack(
+                channel.read_exactly(self.job, channel.FRAME.size)
+            )
+            fields = json.loads(channel.read_exactly(self.job, json_size)) if json_size else {}
+            data = channel.read_exactly(self.job, data_size)
+            answer: dict[str, Any] = {}
+            body = b""
+            try:
+                if kind == channel.EXEC:
+                    answer = self.execute(fields, data)
+                elif kind == channel.FORK:
+                    if self.fork(fields):
+                        continue  # in the copy: it has said hello already
+                elif kind == channel.PUT:
+                    files.write(self.home.folder, fields["path"], data)
+                elif kind == channel.GET:
+                    body = files.read(self.home.folder, fields["path"], fields["cap"])
+                elif kind == channel.LIST:
+                    answer = {"files": files.listing(self.home.folder)}
+                elif kind == channel.SLEEP:
+                    branch.sleep()
+                    self.asleep = True
+            except files.FileError as error:
+                answer = {"error": {"code": error.code, "message": str(error)}}
+            except branch.Unsafe as error:
+                answer = {"error": {"code": "fork_unsafe", "message": str(error)}}
+            except OSError as error:
+                answer = {"error": {"code": "os", "message": str(error), "errno": error.errno}}
+            del data, fields
+            channel.write_exactly(self.report, channel.pack(channel.DONE, number, answer, body))
+
+    def execute(self, fields: dict[str, Any], data: bytes) -> dict[str, Any]:
+        """Run one cell. The answer holds exception, exit_code, rss (KiB) and, when asked for, display."""
+        stdin_size = fields.get("stdin_size", 0)
+        code = data[: len(data) - stdin_size]
+        if stdin_size or self.fed:
+            self._feed(data[len(code) :])
+        if "processes" in fields:
+            self._allow_processes(fields["processes"])
+        self.number += 1
+        self.raw.written = 0
+        signal.signal(signal.SIGINT, self._interrupt)
+        answer: dict[str, Any] = {}
+        try:
+            self.armed = True
+            self._run(code.decode(), bool(fields.get("rich")), answer)
+            self.armed = False
+        except BaseException as error:  # an interrupt between two of our own steps
+            self.armed = False
+            answer["exception"] = describe(error)
+        self._flush()
+        answer["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return answer
+
+    def _feed(self, stdin: bytes) -> None:
+        """Standard input of the next cell."""
+        if stdin:
+            stage.provide_stdin(stdin)
+        else:
+            stage.no_stdin()
+        stage.open_stdin()
+        self.fed = bool(stdin)
+
+    def _flush(self) -> None:
+        """What was printed through the stream we gave."""
+        with contextlib.suppress(BaseException):
+            self.stdout.flush()
+
+    def _run(self, code: str, rich: bool, answer: dict[str, Any]) -> None:
+        shown: list[Any] = []
+        try:
+            run_source(code, self.names, self.raw, cell_name(self.number), shown if rich else None)
+            if rich:
+                answer["display"] = rich_results(shown)
+        except SystemExit as error:
+            answer["exit_code"] = stage.exit_code(error.code)
+        except BaseException as error:
+            reserve = stage.memory_reserve() if isinstance(error, MemoryError) else contextlib.nullcontext()
+            with reserve:
+                answer["exception"] = describe(error)
+        if sys.stdout is not self.stdout:  # user code's own: it may hang, and be interrupted
+            stage.flush_all(sys.stdout)
+
+    def _allow_processes(self, count: int) -> None:
+        """Copies of us count against our limit: the supervisor says how many there are."""
+        _, hard = resource.getrlimit(resource.RLIMIT_NPROC)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NPROC, (count if hard < 0 else min(count, hard), hard))
+
+    def fork(self, fields: dict[str, Any]) -> bool:
+        """Make one copy; True in it. Raises `Unsafe`, `OSError` in the original only."""
+        received = self._receive_descriptors()
+        try:
+            opened = branch.check((self.job, self.report, *received))
+            if self.may_kill and self.filtered:
+                seccomp.install(_TREE_LOCK)
+                self.may_kill = False
+            self._allow_processes(fields["processes"])
+            states = branch.random_states() if fields["seed"] is None else None
+            if branch.clone_sibling():
+                return False
+            self._become_copy(received, opened, fields, states)
+            return True
+        finally:
+            for fd in received:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+
+    def _become_copy(
+        self, received: list[int], opened: list[tuple[int, int, int]], fields: dict[str, Any], states: Any
+    ) -> None:
+        try:
+            self._take_channel(received)
+            os.setsid()
+            self.home = branch.settle(self.home, fields, opened, self.readable)
+            if self.fed:
+                self._feed(b"")
+            if states is not None:
+                branch.set_random_states(states)
+            if self.asleep:
+                branch.wake()
+                self.asleep = False
+            self.socket.send(b"R")
+        except BaseException as error:
+            unsafe = isinstance(error, branch.Unsafe)
+            with contextlib.suppress(BaseException):
+                self.socket.send((b"U" if unsafe else b"F") + f"{error}"[:1000].encode(errors="replace"))
+            os._exit(125)
+
+    def _take_channel(self, received: list[int]) -> None:
+        """Talk over the new descriptors; the original's are its own."""
+        job, stdout, stderr, report = received
+        received.clear()
+        self.socket.close()
+        os.close(self.report)
+        self.job, self.report = _high(job), _high(report)
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=self.job)
+        for target, fd in ((1, stdout), (2, stderr)):
+            os.dup2(fd, target, inheritable=True)
+            os.close(fd)
+
+    def _receive_descriptors(self) -> list[int]:
+        """Job, stdout, stderr and report of the copy."""
+        size = array.array("i").itemsize
+        data, ancillary, _, _ = self.socket.recvmsg(1, socket.CMSG_SPACE(4 * size))
+        if not data:
+            os._exit(0)
+        fds = array.array("i")
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(payload[: len(payload) - len(payload) % size])
+        return list(fds)
+
+
+def _high(fd: int) -> int:
+    """The same at a number that ordinary code does not reach; where all of them are taken, as it is."""
+    try:
+        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+    except OSError:
+        os.set_inheritable(fd, False)
+        return fd
+    os.close(fd)
+    return high
+
+
+def serve(job: int, report: int, settings: dict[str, Any], base_bytes: int, filtered: bool) -> None:
+    """Be a session until the end; never returns."""
+    interpreter = Interpreter(job, report, settings, filtered)
+    stage.seed_all(settings["seed"])
+    stage.apply_limits(settings, base_bytes, filtered)
+    interpreter.serve()
