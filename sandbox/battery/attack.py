@@ -64,7 +64,7 @@ class Attack:
         return tuple(self.tiers.get(tier, self.expect))
 
     def program(self) -> str:
-        """The source that is run."""
+        """The source that is run; empty when the attack is on the interface."""
         return self.code if self.plain else PRELUDE + self.code
 
 

@@ -16,13 +16,14 @@ from sandbox.battery import ATTACKS, Control, run_battery, select
 from tests.sandbox.conftest import ROOT
 
 pytestmark = pytest.mark.slow
-REQUIRED = {*range(1, 14), *range(15, 21), *range(22, 29), 33, *range(35, 46), *range(47, 55), 56, 58, 59, 60, 62, 64, 68}
-"""Numbers of the attacks that any sandbox must stand; those about files and sessions are in their own tests."""
+REQUIRED = {*range(1, 14), *range(15, 21), *range(22, 29), 30, 32, 33, *range(35, 46), *range(47, 55), 56, 58, 59, 60}
+REQUIRED |= {62, 64, 67, 68, 69}
+"""Numbers of the attacks that any sandbox must stand. (#70, killing the service under load, is in test_chaos.py.)"""
 
 
 def test_every_required_attack_is_there_and_has_a_control_or_a_reason() -> None:
     numbers = {int(number) for attack in ATTACKS for number in re.findall(r"#(\d+)", attack.origin)}
-    assert REQUIRED - {14, 21, 46} <= numbers | {5}, sorted(REQUIRED - numbers)
+    assert numbers >= REQUIRED, sorted(REQUIRED - numbers)
     assert len([attack for attack in ATTACKS if "own" in attack.origin]) >= 40
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
     for attack in ATTACKS:
@@ -33,7 +34,7 @@ async def test_nothing_gets_through_here() -> None:
     rows = [row async for _, row in run_battery(ATTACKS)]
     assert [row for row in rows if row.verdict == "breach"] == []
     assert len(rows) == len(ATTACKS)
-    if os.geteuid() == 0 and not Path("/.dockerenv").exists():  # elsewhere not every control can work
+    if os.geteuid() == 0 and not os.path.exists("/.dockerenv"):  # noqa: ASYNC240, PTH110 (elsewhere not every control can work)
         weak = [f"{row.name}: {row.control}" for row in rows if row.verdict == "unproven"]
         assert len(weak) <= 2, weak
 
@@ -48,9 +49,11 @@ def test_names_themes_and_numbers_select() -> None:
 
 HOLES = {
     "seccomp: one may kill oneself": (
-        ("linux/seccomp.py", '"tkill": [_arg(2)', '"unused": [_arg(2)'),
-        ("linux/seccomp.py", '"kill": [', '"kill": [allow], "unused": ['),
-        ("linux/seccomp.py", "for name, rule in _argument_rules(pid, deny_fork).items():", "for name, rule in _argument_rules(pid, deny_fork).items():\n        if name == 'unused': continue"),
+        (
+            "linux/seccomp.py",
+            "*(_arg(1), (_JEQ, 1, 0, _SIGKILL), allow, _arg(0)",
+            "*(_arg(1), (_JEQ, 1, 0, 200), allow, _arg(0)",
+        ),
         "kill oneself",
     ),
     "landlock: truncate is not handled": (
@@ -62,11 +65,11 @@ HOLES = {
         "inherited descriptors",
     ),
     "seccomp: tracing is allowed": (
-        ("linux/numbers.py", '    "access": 21,\n', '    "access": 21, "process_vm_readv": 310,\n'),
+        ("linux/numbers.py", '    "access": 21,\n', '    "access": 21, "kcmp": 312, "ptrace": 101,\n'),
         "trace, read",
     ),
     "seccomp: outside folders may be watched": (
-        ("linux/numbers.py", '    "access": 21,\n', '    "access": 21, "inotify_init": 253, "inotify_add_watch": 254,\n'),
+        ("linux/numbers.py", '    "access": 21,\n', '    "access": 21, "watch": 253, "watch more": 254,\n'),
         "watch outside",
     ),
 }
