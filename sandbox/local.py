@@ -49,7 +49,9 @@ class LocalSandbox:
     `profile`: the warm interpreter that code runs in: `py-bare` (standard library), `py-math` (numpy and sympy
     imported), `py-data` (scipy and pandas too), or `auto`, the smallest that has what the code mentions. `limits`:
     defaults of every run. `workers`: runs at once (default 1.5 per core); the rest wait in order. `tier`: insist on one
-    tier. `allow_unconfined`: when no tier holds here, run without isolation instead of raising `ConfinementUnavailable`.
+    tier. `require`: properties that the tier must have (see `sandbox.tiers.PROPERTIES`). `allow_unconfined`: when no
+    tier holds here, run without isolation instead of raising `ConfinementUnavailable`. `cgroups`: limit the memory of
+    whole runs where the machine allows it. `queue`: how many may wait before `SandboxOverloaded` is raised.
 
     One instance may be shared by any number of tasks of one event loop. A supervisor that dies raises
     `SandboxUnavailable` in the calls under way; the next call starts a fresh one.
@@ -64,6 +66,9 @@ class LocalSandbox:
         tier: str | None = None,
         max_sessions: int = 512,
         max_snapshots: int = 256,
+        require: Sequence[str] = (),
+        cgroups: bool = True,
+        queue: int = 100_000,
     ) -> None:
         installed = available()
         check_profile(profile, installed)
@@ -81,6 +86,9 @@ class LocalSandbox:
             profiles=installed,
             max_sessions=max_sessions,
             max_snapshots=max_snapshots,
+            require=tuple(require),
+            cgroups=cgroups,
+            queue=queue,
         )
         self.tier = ""
         self._owner = os.getpid()

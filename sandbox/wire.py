@@ -52,8 +52,8 @@ PACKET = struct.Struct("!cQqqqq")
 MAX_FDS = 8
 
 SPAWN = b"S"
-"""To the zygote: fork a child. numbers: uid, pid as it will see itself (0: not known). fds: job, stdout, stderr, report
-[, pidfd of its init]; a work folder is named by the id."""
+"""To the zygote: fork a child. numbers: uid, pid as it will see itself (0: not known), 1 to join a control group. fds:
+job, stdout, stderr, report[, pidfd of its init][, where to join the group]; a work folder is named by the id."""
 SPAWNED = b"s"
 """From the zygote: numbers: pid."""
 EXITED = b"x"

@@ -10,12 +10,13 @@ import resource
 import shutil
 import signal
 import socket
+import traceback
 from typing import Any
 
 from sandbox.frames import FrameProtocol
 from sandbox.supervisor.service import Service, error_reply
 from sandbox.supervisor.settings import Settings
-from sandbox.types import SandboxError, SandboxProtocolError
+from sandbox.types import SandboxError, SandboxInfraError, SandboxProtocolError
 
 
 class Connection:
@@ -128,6 +129,11 @@ async def _serve(settings: Settings, service: Service, connection: Connection) -
         await service.start()
     except SandboxError as error:
         connection.send({"id": 0, **error_reply(error)})
+        return False
+    except Exception as error:
+        traceback.print_exc()
+        failure = SandboxInfraError(f"the supervisor did not start: {error!r}", "spawn_failed", retryable=False)
+        connection.send({"id": 0, **error_reply(failure)})
         return False
     connection.send({"id": 0, "tier": service.tier})
     connection.serve()

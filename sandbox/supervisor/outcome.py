@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sandbox.supervisor.cgroups import Group
 from sandbox.types import ExceptionInfo, Limits, SandboxInfraError, Status
 from sandbox.worker.channel import DONE, FRAME
 
@@ -18,13 +21,26 @@ from sandbox.worker.channel import DONE, FRAME
 @dataclass(frozen=True)
 class Ending:
     """Facts about the end of a run. `killed_for`: why we killed it, when we did. `report`: what the child said about an
-    exception. `oom`: host OOM kills meanwhile."""
+    exception. `oom`: host OOM kills meanwhile. `over_limit`: the kernel killed in the run's
+    own control group."""
 
     wait_status: int
     cpu_us: int
     killed_for: Status | None
     report: Any
-    oom: int
+    oom: int = 0
+    over_limit: bool = False
+
+    @property
+    def unexplained(self) -> bool:
+        """Whether it was a SIGKILL that we did not send."""
+        killed = os.WIFSIGNALED(self.wait_status) and os.WTERMSIG(self.wait_status) == signal.SIGKILL
+        return killed and self.killed_for is None
+
+    def looked_into(self, ooms_before: int, group: Group | None) -> Ending:
+        """With what the kernel's counters say about such a kill."""
+        over_limit = group is not None and group.killed()
+        return replace(self, oom=oom_kills() - ooms_before, over_limit=over_limit)
 
 
 @dataclass(frozen=True)
@@ -114,10 +130,27 @@ def judge(ending: Ending, limits: Limits) -> Outcome:
     if number == signal.SIGXCPU or (number == signal.SIGKILL and ending.cpu_us >= 0.5e6 * max(1.0, limits.cpu_s)):
         return Outcome(Status.CPU_LIMIT, signal=number)
     if number == signal.SIGKILL:
+        if ending.over_limit:
+            return Outcome(Status.MEMORY_LIMIT, signal=number)
         if ending.oom:
             raise SandboxInfraError("the machine ran out of memory during the run", "oom_host")
         raise SandboxInfraError("the run was killed from outside", "lost_child")
     return Outcome(Status.SIGNAL, signal=number)
+
+
+class OomWatch:
+    """The machine's counter of memory kills as it was when a run began, or a second before: reading it is dear."""
+
+    def __init__(self) -> None:
+        self._read_at = -math.inf
+        self._before = 0
+
+    def begin(self) -> int:
+        """The counter, at most a second old."""
+        now = time.monotonic()
+        if now - self._read_at > 1.0:
+            self._read_at, self._before = now, oom_kills()
+        return self._before
 
 
 def oom_kills() -> int:
@@ -129,6 +162,9 @@ def oom_kills() -> int:
     except OSError:
         pass
     return 0
+
+
+OOM_WATCH = OomWatch()
 
 
 def digest(*parts: str) -> str:

@@ -7,6 +7,7 @@ import os
 from collections import Counter, deque
 
 from sandbox.supervisor import folders
+from sandbox.supervisor.cgroups import Group, Groups
 from sandbox.supervisor.settings import Settings
 from sandbox.supervisor.unit import Child, Unit, UnitFailed
 from sandbox.tiers import Tier
@@ -22,12 +23,14 @@ def uids_needed(settings: Settings) -> int:
 class Pool:
     """Keeps a warm unit alive and up to `spare` ready children. `counts` are the supervisor's counters."""
 
-    def __init__(self, settings: Settings, tier: Tier, uid_base: int, counts: Counter[str]) -> None:
-        self.settings, self.tier, self.counts = settings, tier, counts
+    def __init__(
+        self, settings: Settings, tier: Tier, uid_base: int, counts: Counter[str], groups: Groups | None = None
+    ) -> None:
+        self.settings, self.tier, self.counts, self.groups = settings, tier, counts, groups
         self.spare = settings.workers
         self.uid_base = uid_base
         self._free_uids = deque(range(uid_base, uid_base + uids_needed(settings), 2))
-        self._known_uids = {0}
+        self._known_uids: set[int] = set()
         self._ready: deque[Child] = deque()
         self._uid_freed = asyncio.Event()
         self._clearing: set[asyncio.Task[None]] = set()
@@ -43,9 +46,8 @@ class Pool:
                 return self._unit
             if self._unit is not None:
                 self.counts["restarts"] += 1
-                for child in self._ready:
-                    child.close()
-                self._ready.clear()
+                while self._ready:
+                    self._forget(self._ready.pop())
                 await self._unit.stop()
             unit = Unit(self.settings, self.tier, self.uid_base)
             try:
@@ -68,14 +70,19 @@ class Pool:
     async def _spawn(self, unit: Unit) -> Child:
         async with self._spawn_slots:
             uid = await self._take_uid() if self.tier.own_uid else 0
+            group = None
             try:
-                if uid not in self._known_uids:  # nothing that an earlier supervisor left behind may be in the way
+                group = self.groups.take() if self.groups else None
+                if uid and uid not in self._known_uids:  # an earlier supervisor may have left something behind
                     await unit.purge(uid, uid)
                     self._known_uids.add(uid)
-                return await unit.spawn(uid)
+                return await unit.spawn(uid, group)
+            except OSError as error:
+                self._release(uid, group)
+                raise SandboxInfraError(f"no control group for the run: {error}", "spawn_failed") from None
             except BaseException:
-                if uid:
-                    self._free_uids.append(uid)
+                self._known_uids.discard(uid)
+                self._release(uid, group)
                 raise
 
     async def _take_uid(self) -> int:
@@ -95,7 +102,7 @@ class Pool:
             while len(self._ready) < self.spare:
                 child = await self._spawn(unit)
                 if unit is not self._unit or unit.lost.is_set():
-                    child.close()
+                    self._forget(child)
                     return
                 self._ready.append(child)
         except SandboxInfraError:
@@ -111,24 +118,33 @@ class Pool:
         if not clean:
             self.counts["leaked"] += 1
             return
+        group, child.group = child.group, None
         folder = unit.folder(child)
         if not folder or folders.remove_empty(folder):
-            self._release(child.uid)
+            self._release(child.uid, group)
         else:  # however much it wrote, nobody waits for the removal
-            task = asyncio.get_running_loop().create_task(self._clear(folder, child.uid))
+            task = asyncio.get_running_loop().create_task(self._clear(folder, child.uid, group))
             self._clearing.add(task)
             task.add_done_callback(self._clearing.discard)
 
-    async def _clear(self, folder: str, uid: int) -> None:
+    async def _clear(self, folder: str, uid: int, group: Group | None) -> None:
         if await asyncio.to_thread(folders.remove, folder, uid):
-            self._release(uid)
+            self._release(uid, group)
         else:
             self.counts["leaked"] += 1
 
-    def _release(self, uid: int) -> None:
+    def _release(self, uid: int, group: Group | None) -> None:
         if uid:
             self._free_uids.append(uid)
             self._uid_freed.set()
+        if group is not None and self.groups is not None:
+            self.groups.give_back(group)
+
+    def _forget(self, child: Child) -> None:
+        """A child of a unit that was lost: its user id has to be emptied before it is used again."""
+        child.close()
+        self._known_uids.discard(child.uid)
+        self._release(child.uid, child.group)
 
     def describe(self) -> dict[str, int]:
         """Processes and ready children, for `stats`."""
@@ -148,5 +164,5 @@ class Pool:
         await asyncio.gather(*self._clearing, return_exceptions=True)
         if self._unit is not None:
             await self._unit.stop()
-        for child in self._ready:
-            child.close()
+        while self._ready:
+            self._forget(self._ready.pop())

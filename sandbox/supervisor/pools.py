@@ -20,6 +20,7 @@ class Pools:
     def __init__(self, settings: Settings, first: Pool, counts: Counter[str], uid_base: int) -> None:
         self.settings, self.counts = settings, counts
         self.tier: Tier = first.tier
+        self._first = first
         self._pools = {first.settings.profile: first}
         self._uid_base = uid_base
         self._warming: set[asyncio.Task[None]] = set()
@@ -41,7 +42,7 @@ class Pools:
         if name not in self._pools:
             base = self._uid_base + self.settings.profiles.index(name) * uids_needed(self.settings)
             settings = dataclasses.replace(self.settings, profile=name)
-            self._pools[name] = Pool(settings, self.tier, base, self.counts)
+            self._pools[name] = Pool(settings, self.tier, base, self.counts, self._first.groups)
         return self._pools[name]
 
     async def take(self, name: str) -> tuple[Pool, Unit, Child]:
@@ -71,8 +72,7 @@ class Pools:
 
     def describe(self) -> dict[str, object]:
         """Ready children and processes, of the first pool and by profile."""
-        first = next(iter(self._pools.values()))
-        return {**first.describe(), "profiles": {name: pool.describe() for name, pool in self._pools.items()}}
+        return {**self._first.describe(), "profiles": {name: pool.describe() for name, pool in self._pools.items()}}
 
     async def close(self) -> None:
         """End everything."""

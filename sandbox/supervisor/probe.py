@@ -131,7 +131,7 @@ class Probe:
         useless = [NAMES[name] for name, worked in control.items() if not worked]
         if useless:
             return f"not provable here, since without confinement code cannot {', '.join(useless)}"
-        modules = [LAZY_MODULES[name] for name in PROFILES[self.settings.profile].modules if name in LAZY_MODULES]
+        modules = [LAZY_MODULES[name] for name in PROFILES[pool.settings.profile].modules if name in LAZY_MODULES]
         before = self.signals
         unit, child = await pool.take()
         told = self._told(f"{pool.tier.name}-{time.monotonic_ns()}", not pool.tier.deny_fork, modules)

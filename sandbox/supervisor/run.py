@@ -13,11 +13,11 @@ from typing import Any
 
 from sandbox import paths
 from sandbox.supervisor.outcome import (
+    OOM_WATCH,
     Ending,
     Outcome,
     digest,
     judge,
-    oom_kills,
     parse_display,
     parse_files,
     parse_frame,
@@ -114,7 +114,9 @@ class Run:
         """Run to the end. Raises `SandboxInfraError` when the end is our fault."""
         loop = asyncio.get_running_loop()
         child = self.child
-        ooms = oom_kills()
+        ooms = OOM_WATCH.begin()
+        if child.group is not None:
+            child.group.limit(self.unit.group_mib(self.job.limits))
         started = time.monotonic()
         child.exited.add_done_callback(lambda _: self._end.set())
         timer = loop.call_later(self.job.limits.wall_s, self._stop, Status.TIMEOUT)
@@ -142,7 +144,9 @@ class Run:
         if self.pump.flooded and self._killed_for is None:
             self._killed_for = Status.OUTPUT_LIMIT
         report, body = parse_frame(bytes(self.report.head))
-        ending = Ending(status, cpu_us, self._killed_for, report.get("exception"), oom_kills() - ooms)
+        ending = Ending(status, cpu_us, self._killed_for, report.get("exception"))
+        if ending.unexplained:
+            ending = ending.looked_into(ooms, child.group)
         usage = Usage(1e3 * wall, cpu_us / 1e3, queue_ms, rss_kib / 1024)
         return self._result(ending, usage, report, body)
 

@@ -17,7 +17,9 @@ from typing import Any
 from sandbox import paths
 from sandbox.profiles import AUTO
 from sandbox.results import encode_error, encode_result
+from sandbox.supervisor import cgroups
 from sandbox.supervisor.admission import Admission as Slots
+from sandbox.supervisor.cgroups import Groups
 from sandbox.supervisor.idempotency import IdempotencyStore
 from sandbox.supervisor.outcome import digest
 from sandbox.supervisor.pool import Pool, uids_needed
@@ -80,6 +82,7 @@ class Service:
         self.uid_base, self._uid_locks = reserve_uids(uids_needed(settings) * len(settings.profiles))
         self._slots = Slots(settings.workers, settings.queue)
         self._running: dict[int, Run] = {}
+        self._groups: Groups | None = None
         self._idempotency = IdempotencyStore()
         self._pools: Pools | None = None
         self.sessions = Sessions(
@@ -131,10 +134,12 @@ class Service:
     async def start(self) -> None:
         """Take the strongest tier that holds. Raises `ConfinementUnavailable` with what failed and the fix."""
         failures = []
+        if self.settings.cgroups:
+            self._groups = cgroups.find()
         with Probe(self.settings) as probe:
             first = self._first_settings()
             for tier in self._candidates():
-                pool = Pool(first, tier, self.uid_base, self.counts)
+                pool = Pool(first, tier, self.uid_base, self.counts, self._groups)
                 try:
                     reason = await attempt(probe, pool) if tier is not NONE else await _starts(pool)
                 except BaseException:
@@ -252,6 +257,7 @@ class Service:
             "profiles": list(self.settings.profiles),
             "profile": self.settings.profile,
             "fork": not tier.deny_fork,
+            "cgroup": self._groups.driver.name if self._groups else "none",
             "limits": self.settings.limits.__dict__,
             "workers": self.settings.workers,
             "max_sessions": self.settings.max_sessions,
@@ -263,6 +269,8 @@ class Service:
         await self.sessions.close_all()
         if self._pools is not None:
             await self._pools.close()
+        if self._groups is not None:
+            self._groups.close()
         for lock in self._uid_locks:
             lock.close()
 

@@ -97,7 +97,7 @@ class Sessions:
                 give_back(True)
                 raise SandboxInfraError("the ready child had ended", "lost_child") from None
             interpreter = Interpreter(child, pid)
-            tree.members.add(interpreter)
+            tree.add(interpreter)
             self._begin(interpreter, limits, seed, unit)
             session = LiveSession(secrets.token_hex(16), tree, interpreter, seed, self._admission)
             return self._admit(session, ttl_s)

@@ -64,7 +64,7 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
         _close(theirs)
     tree.unit.adopt(child)
     member = Interpreter(child, pid)
-    tree.members.add(member)
+    tree.add(member)
     return member
 
 

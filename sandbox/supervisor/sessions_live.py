@@ -11,7 +11,7 @@ from typing import Any
 
 from sandbox.results import encode_error
 from sandbox.supervisor.admission import Admission as Slots
-from sandbox.supervisor.outcome import Ending, Outcome, digest, judge, oom_kills, parse_display, parse_exception
+from sandbox.supervisor.outcome import OOM_WATCH, Ending, Outcome, digest, judge, parse_display, parse_exception
 from sandbox.supervisor.sessions_interpreter import ANSWER_BYTES, Interpreter, Output
 from sandbox.supervisor.sessions_tree import Tree
 from sandbox.types import Limits, SandboxError, SandboxInfraError, SessionError, Status
@@ -104,7 +104,7 @@ class LiveSession:
         self.on_end: Callable[[LiveSession], None] = lambda _: None
         self._admission = admission
         self._rejections: deque[Reply] = deque(maxlen=1)
-        self._ooms = oom_kills()
+        self._ooms = OOM_WATCH.begin()
         self._processes = tree.limits.processes
         self.adopt(interpreter)
 
@@ -350,7 +350,9 @@ class LiveSession:
                 raise SandboxInfraError("nobody saw how the execution ended", "lost_child")
             return Outcome(step.stopping)
         # There is no CPU limit of the kernel's in a session, so no SIGKILL of that kind either: 0.
-        ending = Ending(wait_status, 0, step.stopping, b"", oom_kills() - self._ooms)
+        ending = Ending(wait_status, 0, step.stopping, b"")
+        if ending.unexplained:
+            ending = ending.looked_into(self._ooms, self.tree.root.group)
         return judge(ending, step.request.limits)
 
 

@@ -28,6 +28,12 @@ class Tree:
         self._folders = 0
         self._domains = 0
 
+    def add(self, member: Interpreter) -> None:
+        """A new member; the tree may hold that much more memory. Raises `OSError`."""
+        self.members.add(member)
+        if self.root.group is not None:
+            self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
+
     def next_folder(self) -> str:
         """A name that no copy of this tree has had."""
         self._folders += 1

@@ -17,7 +17,8 @@ class Settings:
     """`workers`: runs at once. `tier`: a name, or empty for the strongest that holds. `module_paths`: folders that the
     profile's modules were found in. `work_root`: a private folder. `client_pid`: whose death ends the supervisor.
     `survey`: report on every tier and end. `max_sessions`, `max_snapshots`: open at once. `profile`: the default, or
-    `auto`; `profiles`: those that are installed. `require`: properties that the tier must have."""
+    `auto`; `profiles`: those that are installed. `require`: properties that the tier must have.
+    `cgroups`: use control groups where the machine has them."""
 
     profile: str = "py-math"
     workers: int = 2
@@ -34,6 +35,7 @@ class Settings:
     max_snapshots: int = 256
     profiles: tuple[str, ...] = ("py-bare",)
     require: tuple[str, ...] = ()
+    cgroups: bool = True
 
     def to_json(self) -> str:
         """For the command line."""

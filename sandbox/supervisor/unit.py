@@ -17,14 +17,16 @@ from pathlib import Path
 from sandbox import wire
 from sandbox.supervisor import folders
 from sandbox.supervisor.cell import Cell
+from sandbox.supervisor.cgroups import Group
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
-from sandbox.types import SandboxInfraError
+from sandbox.types import Limits, SandboxInfraError
 from sandbox.worker.jail import INIT_SEES_CHILD_AS
 
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 SPAWN_TIMEOUT_S = 20.0
 WARM_TIMEOUT_S = 60.0
+_COPY_MIB = 64
 
 
 _IDENTS = itertools.count(1)
@@ -51,6 +53,7 @@ class Child:
     report: int
     uid: int = 0
     cell: Cell | None = None  # the run's process namespace in tier `ns`
+    group: Group | None = None  # where the machine has control groups; goes back to whoever lent it
     process: int = -1  # pidfd of the child itself
     exited: asyncio.Future[tuple[int, int, int]] = field(default_factory=asyncio.Future)
     """(wait status, CPU microseconds, largest resident KiB), or an exception when the unit is lost."""
@@ -220,20 +223,25 @@ class Unit:
             raise SandboxInfraError(f"no answer from the warm unit: {error}", "spawn_failed") from None
         return answer, received
 
-    async def spawn(self, uid: int) -> Child:
-        """Fork and confine a child that waits for a job. Raises `SandboxInfraError` (spawn_failed, jail_failed)."""
+    async def spawn(self, uid: int, group: Group | None = None) -> Child:
+        """Fork and confine a child that waits for a job, in a control group if one is given.
+
+        Raises `SandboxInfraError` (spawn_failed, jail_failed).
+        """
         ident = next(_IDENTS)
         pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
         (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
         job_w, job_r = (end.detach() for end in socket.socketpair())  # a socket, because sessions are sent descriptors
-        child = Child(ident, job_w, out_r, err_r, rep_r, uid)
+        child = Child(ident, job_w, out_r, err_r, rep_r, uid, group=group)
         self._children[ident] = child
         try:
             extra: tuple[int, ...] = ()
             if self.tier.namespaces:
                 child.cell = self._cells.pop() if self._cells else await self._new_cell(ident)
                 extra = (child.cell.pidfd,)
-            numbers = (uid, INIT_SEES_CHILD_AS if self.tier.namespaces else 0)
+            if group is not None:
+                extra += (group.procs,)
+            numbers = (uid, INIT_SEES_CHILD_AS if self.tier.namespaces else 0, int(group is not None))
             _, (child.process,) = await self._ask(
                 1, wire.SPAWN, wire.SPAWNED, ident, numbers, (job_r, out_w, err_w, rep_w, *extra)
             )
@@ -307,6 +315,11 @@ class Unit:
 
     def _may_keep(self, cell: Cell) -> bool:
         return cell.reusable and not self.lost.is_set() and len(self._cells) < self.settings.workers
+
+    def group_mib(self, limits: Limits, interpreters: int = 1) -> int:
+        """MiB that the control group of a run may hold: its memory, its files, and what a warm copy makes its own."""
+        files = self.settings.tmp_mb if self.tier.namespaces else 0
+        return interpreters * (limits.memory_mb + _COPY_MIB) + files
 
     async def purge(self, ident: int, uid: int) -> bool:
         """Kill what runs as `uid`; True when nothing is left. Raises `SandboxInfraError`."""

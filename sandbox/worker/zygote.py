@@ -96,24 +96,27 @@ class Zygote:
         return True
 
     def _fork(self, ident: int, numbers: tuple[int, ...], fds: list[int]) -> int:
-        uid, seen_pid = numbers[0], numbers[1]
+        uid, seen_pid, joins = numbers[:3]
+        group = fds[-1] if joins else -1
         if not self.jail.tier.namespaces:
             pid = sys_.fork()
             if pid == 0:
-                self._child(ident, uid, seen_pid, fds)
+                self._child(ident, uid, seen_pid, fds, group)
             return pid
         sys_.setns(fds[4], sys_.CLONE_NEWPID)
         try:
             pid = sys_.fork()
             if pid == 0:
-                self._child(ident, uid, seen_pid, fds)
+                self._child(ident, uid, seen_pid, fds, group)
         finally:
             sys_.setns(self.own_pids, sys_.CLONE_NEWPID)
         return pid
 
-    def _child(self, ident: int, uid: int, seen_pid: int, fds: list[int]) -> None:
+    def _child(self, ident: int, uid: int, seen_pid: int, fds: list[int], group: int) -> None:
         """In the child: confine, say so, wait for a job, run it. Never returns."""
         try:
+            if group >= 0:
+                os.write(group, b"0")
             job = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, _HIGH)
             report = fcntl.fcntl(fds[3], fcntl.F_DUPFD_CLOEXEC, job + 1)
             ruleset = -1

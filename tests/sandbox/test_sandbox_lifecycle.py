@@ -237,7 +237,8 @@ async def test_cancelling_in_every_phase_leaks_nothing() -> None:
         await asyncio.gather(*(box.exec("print(1)") for _ in range(8)))  # as many namespaces as are ever kept
         await asyncio.sleep(0.3)
         stats = await box.stats()
-        before = descriptors(stats["supervisor_pid"]), len(processes(box._link.folder))
+        # Up to two more namespaces, of two descriptors each, may be kept for later; what 40 calls leak is more.
+        before = descriptors(stats["supervisor_pid"]) + 4, len(processes(box._link.folder)) + 2
         for delay in (0.0, 0.001, 0.003, 0.01, 0.03):
             calls = [asyncio.create_task(box.exec("import time; time.sleep(60)")) for _ in range(8)]
             await asyncio.sleep(delay)
