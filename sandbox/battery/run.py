@@ -27,7 +27,7 @@ _CONTROL_S = 60.0
 _OUTLIVES_S = 1.5
 _SETTLE_S = 15.0
 _COUNTERS = ("leaked", "restarts", "infra_errors")  # these never go back
-_NAMESPACES_KEPT = 32
+_KEPT = 32
 _LINE = re.compile(r"^(did|refused) ([^:]+): ", re.MULTILINE)
 
 
@@ -85,8 +85,8 @@ class Battery:
         kept = idle_inits(alive) if self.box.tier == "ns" else 0
         return {
             "processes": len(alive) - kept,
-            "descriptors": len(os.listdir(f"/proc/{supervisor}/fd")) - 2 * kept,  # noqa: PTH208
-            "kept namespaces": max(0, kept - _NAMESPACES_KEPT),
+            "descriptors": descriptors(supervisor) - 2 * kept,
+            "kept namespaces": max(0, kept - _KEPT),
             "mounts": mounts(),
             "leaked": int(stats["leaked"]),
             "restarts": int(stats["restarts"]) + int(stats["supervisor_restarts"]),
@@ -212,6 +212,17 @@ def mounts() -> int:
     """Mounts that we can see, but for those of container engines, which come and go without us."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     return sum(not any(word in line for word in ("docker", "containerd", "overlay")) for line in lines)
+
+
+def descriptors(pid: int) -> int:
+    """Files that a process has open, but for those of control groups, which are kept for later runs."""
+    count = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+        try:
+            count += not os.readlink(f"/proc/{pid}/fd/{name}").endswith("/cgroup.procs")  # noqa: PTH115
+        except OSError:
+            continue
+    return count
 
 
 def idle_inits(pids: set[int]) -> int:
