@@ -40,7 +40,7 @@ Act = Callable[["LocalSandbox", "Target"], Awaitable[list[str]]]
 class Attack:
     """`origin`: number in the list of attacks that any sandbox must stand (`#15`), or `own`. `expect`: statuses it may
     end with; `tiers`: other statuses in some tier. `known`: labels, by tier, that succeed there and are documented to.
-    `says`: pattern that standard output must match. `neighbour`: a program that runs beside it in another run. `plain`:
+    `grouped`: with control groups nothing of it is known to succeed. `says`: pattern that standard output must match. `neighbour`: a program that runs beside it in another run. `plain`:
     run `code` as it is, without the helpers of `PRELUDE`."""
 
     name: str
@@ -49,6 +49,7 @@ class Attack:
     expect: tuple[str, ...] = ("ok",)
     tiers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    grouped: bool = False
     says: str = ""
     control: Control = Control.WORKS
     why: str = ""
