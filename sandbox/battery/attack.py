@@ -39,9 +39,10 @@ Act = Callable[["LocalSandbox", "Target"], Awaitable[list[str]]]
 @dataclass(frozen=True)
 class Attack:
     """`origin`: number in the list of attacks that any sandbox must stand (`#15`), or `own`. `expect`: statuses it may
-    end with; `tiers`: other statuses in some tier. `known`: labels, by tier, that succeed there and are documented to.
-    `grouped`: with control groups nothing of it is known to succeed. `says`: pattern that standard output must match. `neighbour`: a program that runs beside it in another run. `plain`:
-    run `code` as it is, without the helpers of `PRELUDE`."""
+    end with; `tiers`: other statuses in some tier. `known`: labels, by tier, that succeed there and are documented to;
+    `grouped`: none does where control groups limit memory. `says`: pattern that standard output must match.
+    `neighbour`: a program that runs beside it in another run. `plain`: run `code` as it is, without the helpers of
+    `PRELUDE`. `act`: an attack on the interface, in place of `code`."""
 
     name: str
     origin: str
