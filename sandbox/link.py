@@ -27,8 +27,33 @@ class Link:
     """One supervisor process and the requests under way."""
 
     def __init__(self, settings: Settings) -> None:
-        self.folder = tempfile.mkdtemp(prefix="retool-sandbox-")
+        """Raises `SandboxUnavailable` when this process has no descriptor, or the disk no room, to start one."""
+        self.folder = ""
+        try:
+            self.folder = tempfile.mkdtemp(prefix="retool-sandbox-")
+            self._start(settings)
+        except OSError as error:
+            if self.folder:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise SandboxUnavailable(f"the sandbox supervisor cannot be started: {error}") from error
+        self.pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.dead = False
+        self._ids = itertools.count(1)
+        self._frames = FrameProtocol(self._message, self._end)
+        self._transport: asyncio.Transport | None = None
+
+    def _start(self, settings: Settings) -> None:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.near = near
+        try:
+            self._spawn(settings, far)
+        except BaseException:
+            near.close()
+            raise
+        finally:
+            far.close()
+
+    def _spawn(self, settings: Settings, far: socket.socket) -> None:
         if os.geteuid() == 0:
             Path(self.folder).chmod(0o711)  # runs with a user id of their own must reach their work folders
         values = {**settings.__dict__, "work_root": self.folder, "client_fd": far.fileno(), "client_pid": os.getpid()}
@@ -44,13 +69,6 @@ class Link:
                 cwd="/",
                 start_new_session=True,
             )
-        far.close()
-        self.near = near
-        self.pending: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self.dead = False
-        self._ids = itertools.count(1)
-        self._frames = FrameProtocol(self._message, self._end)
-        self._transport: asyncio.Transport | None = None
 
     async def open(self) -> dict[str, Any]:
         """Wait for the supervisor's first words."""

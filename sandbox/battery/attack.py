@@ -39,9 +39,10 @@ Act = Callable[["LocalSandbox", "Target"], Awaitable[list[str]]]
 @dataclass(frozen=True)
 class Attack:
     """`origin`: number in the list of attacks that any sandbox must stand (`#15`), or `own`. `expect`: statuses it may
-    end with; `tiers`: other statuses in some tier. `known`: labels, by tier, that succeed there and are documented to.
-    `says`: pattern that standard output must match. `neighbour`: a program that runs beside it in another run. `plain`:
-    run `code` as it is, without the helpers of `PRELUDE`."""
+    end with; `tiers`: other statuses in some tier. `known`: labels, by tier, that succeed there and are documented to;
+    `grouped`: none does where control groups limit memory. `says`: pattern that standard output must match.
+    `neighbour`: a program that runs beside it in another run. `plain`: run `code` as it is, without the helpers of
+    `PRELUDE`. `act`: an attack on the interface, in place of `code`."""
 
     name: str
     origin: str
@@ -49,6 +50,7 @@ class Attack:
     expect: tuple[str, ...] = ("ok",)
     tiers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     known: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    grouped: bool = False
     says: str = ""
     control: Control = Control.WORKS
     why: str = ""
@@ -64,7 +66,7 @@ class Attack:
         return tuple(self.tiers.get(tier, self.expect))
 
     def program(self) -> str:
-        """The source that is run."""
+        """The source that is run; empty when the attack is on the interface."""
         return self.code if self.plain else PRELUDE + self.code
 
 

@@ -27,6 +27,7 @@ _CONTROL_S = 60.0
 _OUTLIVES_S = 1.5
 _SETTLE_S = 15.0
 _COUNTERS = ("leaked", "restarts", "infra_errors")  # these never go back
+_KEPT = 32
 _LINE = re.compile(r"^(did|refused) ([^:]+): ", re.MULTILINE)
 
 
@@ -64,10 +65,12 @@ class Battery:
 
     def __init__(self, box: LocalSandbox, target: Target, victim: Target) -> None:
         self.box, self.target, self.victim = box, target, victim
+        self.grouped = False
         self._rest: dict[str, int] = {}
 
     async def settle(self) -> None:
         """Note how the idle sandbox looks."""
+        self.grouped = (await self.box.capabilities())["cgroup"] != "none"
         for _ in range(4):
             await self.box.exec("print(1)")
         for _ in range(10):
@@ -78,10 +81,15 @@ class Battery:
     async def _state(self) -> dict[str, int]:
         stats = await self.box.stats()
         supervisor = int(stats["supervisor_pid"])
+        alive = descendants(supervisor)
+        # Empty process namespaces are kept for later runs: an init and two descriptors each. A run cannot pass for
+        # one, since whatever it leaves in tier `ns` is below an init.
+        kept = idle_inits(alive) if self.box.tier == "ns" else 0
         return {
-            "processes": len(descendants(supervisor)),
-            "descriptors": len(os.listdir(f"/proc/{supervisor}/fd")),  # noqa: PTH208
-            "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),  # noqa: ASYNC240 (a file in memory)
+            "processes": len(alive) - kept,
+            "descriptors": descriptors(supervisor) - 2 * kept,
+            "kept namespaces": max(0, kept - _KEPT),
+            "mounts": mounts(),
             "leaked": int(stats["leaked"]),
             "restarts": int(stats["restarts"]) + int(stats["supervisor_restarts"]),
             "infra_errors": int(stats.get("infra_errors", 0)),
@@ -104,7 +112,7 @@ class Battery:
     async def attack(self, attack: Attack) -> Row:
         """Run one attack with its control and judge it."""
         (control, unproven), seen = await asyncio.gather(self._control(attack), self._confined(attack))
-        allowed = attack.known.get(self.box.tier, ())
+        allowed = () if attack.grouped and self.grouped else attack.known.get(self.box.tier, ())
         breaches = [label for label in seen.did if label not in allowed]
         known = [label for label in seen.did if label in allowed]
         expected = "|".join(attack.statuses(self.box.tier)) or "-"
@@ -202,8 +210,49 @@ def _unexpected(result: ExecResult, attack: Attack, tier: str) -> list[str]:
     return [result.exception.traceback.strip().splitlines()[-1][:120]]
 
 
+def mounts() -> int:
+    """Mounts that we can see, but for those of container engines, which come and go without us."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return sum(not any(word in line for word in ("docker", "containerd", "overlay")) for line in lines)
+
+
+def descriptors(pid: int) -> int:
+    """Files that a process has open, but for those of control groups, which are kept for later runs."""
+    count = 0
+    for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208
+        try:
+            count += not os.readlink(f"/proc/{pid}/fd/{name}").endswith("/cgroup.procs")  # noqa: PTH115
+        except OSError:
+            continue
+    return count
+
+
+def idle_inits(pids: set[int]) -> int:
+    """How many of these are inits of namespaces that hold nothing else."""
+    parents = {parent for parent, children in _family().items() if children}
+    count = 0
+    for pid in pids - parents:
+        try:
+            count += Path(f"/proc/{pid}/comm").read_text() == "sandbox-init\n"
+        except OSError:
+            continue
+    return count
+
+
 def descendants(pid: int) -> set[int]:
     """Every live process below `pid`; zombies do not count."""
+    children = _family()
+    found: set[int] = set()
+    todo = [pid]
+    while todo:
+        for child in children.get(todo.pop(), []):
+            found.add(child)
+            todo.append(child)
+    return found
+
+
+def _family() -> dict[int, list[int]]:
+    """Parent -> live children, of all processes."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -213,13 +262,7 @@ def descendants(pid: int) -> set[int]:
                 continue
             if state != "Z":
                 children.setdefault(int(parent), []).append(int(entry.name))
-    found: set[int] = set()
-    todo = [pid]
-    while todo:
-        for child in children.get(todo.pop(), []):
-            found.add(child)
-            todo.append(child)
-    return found
+    return children
 
 
 @asynccontextmanager

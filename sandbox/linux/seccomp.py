@@ -24,7 +24,15 @@ _NEWEST_KNOWN = 450  # calls above this number are answered "no such call"
 _NEW_NAMESPACES = 0x7E020080
 _CLONE_THREAD = 0x00010000
 _SIGKILL = 9
-_PRCTL_ALLOWED = (3, 4, 15, 16, 21, 22, 23, 38, 39, 41, 42, 0x53564D41)
+_PRCTL_ALLOWED = (
+    *(3, 4),  # PR_GET_DUMPABLE, PR_SET_DUMPABLE: a process that is not dumpable is only safer
+    *(15, 16),  # PR_SET_NAME, PR_GET_NAME: threads are named
+    *(21, 22),  # PR_GET_SECCOMP, PR_SET_SECCOMP: further filters can only narrow
+    *(23,),  # PR_CAPBSET_READ
+    *(38, 39),  # PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS
+    *(41, 42),  # PR_SET_THP_DISABLE, PR_GET_THP_DISABLE: huge pages, for allocators
+    0x53564D41,  # PR_SET_VMA: names of anonymous mappings, which libc's allocator sets
+)
 
 # In the tier without a user of its own, the files and processes of that user are the caller's too.
 _FORK_CALLS = ("fork", "vfork")
@@ -54,8 +62,12 @@ def _argument_rules(pid: int, deny_fork: bool) -> dict[str, Rule]:
     allow, deny, missing = (_RET, 0, 0, _ALLOW), (_RET, 0, 0, _DENY), (_RET, 0, 0, _MISSING)
     everybody, own_group = -1 & 0xFFFFFFFF, -pid & 0xFFFFFFFF
     rules: dict[str, Rule] = {
+        # Threads and processes, but no new namespaces: inside a user namespace a program would be root again, and most
+        # of the kernel's privileged code would be open to it. Tier `self` has no processes either.
         "clone": [_arg(0), (_JSET, 0, 1, _NEW_NAMESPACES), deny],
+        # Its flags lie in memory, where a filter cannot read them; libc falls back to clone.
         "clone3": [missing],
+        # Rings make system calls that no filter sees, sockets among them.
         "io_uring_setup": [missing],
         "io_uring_enter": [missing],
         "io_uring_register": [missing],
@@ -69,9 +81,14 @@ def _argument_rules(pid: int, deny_fork: bool) -> dict[str, Rule]:
         ],
         "tkill": [_arg(1), (_JEQ, 0, 1, _SIGKILL), deny, allow],
         "tgkill": [_arg(2), (_JEQ, 1, 0, _SIGKILL), allow, _arg(0), (_JEQ, 0, 1, pid), deny, allow],
+        # Names, dumpability and filters of one's own. Not: PDEATHSIG (a SIGKILL of one's choice), subreaper (orphans
+        # that escape their run's end), capabilities, memory maps.
         "prctl": [_arg(0), *_returns_if_equal(_PRCTL_ALLOWED, _ALLOW), deny],
-        "ioctl": [_arg(1), *_returns_if_equal((0x5412, 0x541C), _DENY), allow],  # TIOCSTI, TIOCLINUX
-        "fcntl": [_arg(1), *_returns_if_equal((8, 10, 15), _DENY), allow],  # F_SETOWN, F_SETSIG, F_SETOWN_EX
+        # TIOCSTI and TIOCLINUX type into a terminal that we might have been given.
+        "ioctl": [_arg(1), *_returns_if_equal((0x5412, 0x541C), _DENY), allow],
+        # F_SETOWN, F_SETSIG, F_SETOWN_EX: any signal, SIGKILL too, to any process when a descriptor becomes ready.
+        "fcntl": [_arg(1), *_returns_if_equal((8, 10, 15), _DENY), allow],
+        # Of oneself only: where runs share a user, another's limits or processors could be taken away.
         "prlimit64": [_arg(0), *_returns_if_equal((0, pid), _ALLOW), deny],
         "sched_setaffinity": [_arg(0), *_returns_if_equal((0, pid), _ALLOW), deny],
     }

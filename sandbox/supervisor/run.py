@@ -134,7 +134,8 @@ class Run:
             self.leaked = not await self.unit.kill(child)
             self.pump.drain()
             self.talk.drain()
-            self.leaked = self.leaked or self.pump.unclosed > 0
+            # With a lost unit its warden is killing everything; a pipe may then be open for a moment longer.
+            self.leaked = self.leaked or (self.pump.unclosed > 0 and not self.unit.lost.is_set())
             child.close()
         if child.exited.done():
             status, cpu_us, rss_kib = child.exited.result()

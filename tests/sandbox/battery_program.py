@@ -1,0 +1,21 @@
+"""Run on another kind of host by `test_battery_tiers.py`: the whole battery in one tier, as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from dataclasses import asdict
+
+from sandbox.battery import ATTACKS, run_battery
+
+
+async def main() -> None:
+    rows = [(tier, asdict(row)) async for tier, row in run_battery(ATTACKS, os.environ["RETOOL_TEST_TIER"])]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
+    sys.stdout.flush()
