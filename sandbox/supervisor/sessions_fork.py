@@ -72,7 +72,11 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
     tree.unit.adopt(child)
     member = Interpreter(child, pid)
     member.place = place
-    tree.add(member)
+    try:
+        tree.add(member)
+    except OSError as error:
+        await tree.release(member)
+        raise SandboxInfraError(f"no room for a copy: {error}", "spawn_failed") from None
     return member
 
 

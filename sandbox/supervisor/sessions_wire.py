@@ -70,6 +70,8 @@ class SessionRequests:
             return await self._operations[message["op"]](message)
         except SandboxError as error:
             return {"error": encode_error(error)}
+        except OSError as error:  # out of descriptors, above all
+            return {"error": encode_error(SandboxInfraError(f"the supervisor could not: {error}", "spawn_failed"))}
         except (KeyError, TypeError, ValueError) as error:
             return {"error": encode_error(SandboxProtocolError(f"bad request: {type(error).__name__}: {error}"))}
 
