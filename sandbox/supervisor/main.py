@@ -65,10 +65,16 @@ class Connection:
         self.tasks.pop(ident, None)
 
     async def _answer(self, ident: int, message: dict[str, Any]) -> None:
-        if message["op"] == "exec":
-            reply = await self.service.execute(message, ident)
-        else:
-            reply = await self.service.session_requests.answer(message)
+        try:
+            if message["op"] == "exec":
+                reply = await self.service.execute(message, ident)
+            else:
+                reply = await self.service.session_requests.answer(message)
+        except Exception as error:  # no descriptors left, a mistake of ours: whatever it is, nobody may wait for ever
+            traceback.print_exc()
+            reply = error_reply(
+                SandboxInfraError(f"the supervisor failed: {type(error).__name__}: {error}", "internal")
+            )
         self.send({"id": ident, **reply})
 
     def _cancel(self, target: int) -> None:

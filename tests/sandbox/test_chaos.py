@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from tests.sandbox.conftest import ROOT, processes
 
 pytestmark = pytest.mark.slow
 LIMITS = Limits(wall_s=60, cpu_s=30)
-RETRYABLE = {"lost_child", "spawn_failed", "jail_failed", "shutdown", "unavailable", "oom_host"}
+RETRYABLE = {"lost_child", "spawn_failed", "jail_failed", "shutdown", "unavailable", "oom_host", "internal"}
 
 
 @asynccontextmanager
@@ -181,7 +182,7 @@ from sandbox import LocalSandbox, SandboxUnavailable
 async def main():
     async with LocalSandbox("py-bare", workers=2) as box:
         assert (await box.exec("print(1)")).ok
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
         held = []
         try:
             while True: held.append(os.open("/dev/null", 0))
@@ -209,6 +210,21 @@ async def test_a_client_without_descriptors() -> None:
         timeout=100,
     )
     assert done.stdout == "fine\n", done.stderr[-3000:]
+
+
+async def test_a_supervisor_without_descriptors() -> None:
+    async with watched() as box:
+        assert (await box.exec("print(1)")).ok
+        pid = (await box.stats())["supervisor_pid"]
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE, (8, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        failures: Counter[str] = Counter()
+        jobs = [asyncio.create_task(until_done(box, f"print({n})", f"key-{n}", failures)) for n in range(8)]
+        await asyncio.sleep(1)
+        assert sum(failures.values()) >= 1  # a typed failure, not silence
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        results = await asyncio.gather(*jobs)
+        assert [result.stdout for result in results] == [f"{n}\n" for n in range(8)]
+        assert (await box.stats())["leaked"] == 0
 
 
 async def test_closing_in_the_middle_of_a_storm() -> None:
