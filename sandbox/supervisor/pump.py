@@ -101,6 +101,16 @@ class Pump:
             asyncio.get_running_loop().remove_reader(fd)
 
 
+def write_some(fd: int, data: bytes) -> bytes:
+    """Write what fits into a non-blocking pipe now; returns the rest, nothing when its reader has gone away."""
+    try:
+        return data[os.write(fd, data) :]
+    except BlockingIOError:
+        return data
+    except BrokenPipeError:
+        return b""
+
+
 async def write_all(fd: int, data: bytes) -> None:
     """Write everything to a non-blocking pipe; a reader that has gone away ends it quietly."""
     loop = asyncio.get_running_loop()

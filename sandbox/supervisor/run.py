@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from sandbox.supervisor.outcome import (
     parse_files,
     parse_frame,
 )
-from sandbox.supervisor.pump import Pump, Stream, write_all
+from sandbox.supervisor.pump import Pump, Stream, write_all, write_some
 from sandbox.supervisor.unit import Child, Unit
 from sandbox.tiers import Tier
 from sandbox.types import ExecResult, Limits, SandboxInfraError, Status, Usage
@@ -73,9 +74,13 @@ class Job:
 
 
 def neighbours(tier: Tier) -> int:
-    """Threads of our user: where runs share it, RLIMIT_NPROC counts them too."""
-    if tier.namespaces or tier.own_uid:
-        return 0
+    """Threads of our user, a second ago: where runs share it, RLIMIT_NPROC counts them too."""
+    return 0 if tier.namespaces or tier.own_uid else _own_threads(int(time.monotonic()))
+
+
+@functools.lru_cache(maxsize=1)
+def _own_threads(second: int) -> int:
+    """`second` only makes the answer expire."""
     count = 0
     for entry in Path("/proc").iterdir():
         try:
@@ -123,13 +128,15 @@ class Run:
         self.pump.attach(child.stdout, self.stdout)
         self.pump.attach(child.stderr, self.stderr)
         self.talk.attach(child.report, self.report)
-        feeding = asyncio.ensure_future(write_all(child.job, self.job.payload(neighbours(self.unit.tier))))
+        rest = write_some(child.job, self.job.payload(neighbours(self.unit.tier)))
+        feeding = asyncio.ensure_future(write_all(child.job, rest)) if rest else None
         try:
             await self._end.wait()
         finally:
             timer.cancel()
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
+            if feeding is not None:
+                feeding.cancel()
+                await asyncio.gather(feeding, return_exceptions=True)
             wall = time.monotonic() - started
             self.leaked = not await self.unit.kill(child)
             self.pump.drain()

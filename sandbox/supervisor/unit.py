@@ -297,11 +297,12 @@ class Unit:
 
     async def kill(self, child: Child) -> bool:
         """Kill the child and everything it started; True when nothing is left."""
-        if not child.exited.done():
-            _kill(child.process)
         try:
-            async with asyncio.timeout(10.0):
-                await asyncio.shield(child.exited)
+            if not child.exited.done():
+                _kill(child.process)
+                async with asyncio.timeout(10.0):
+                    await asyncio.shield(child.exited)
+            child.exited.result()
             if child.cell is not None:
                 dead = await child.cell.clear()
                 if self._may_keep(child.cell):

@@ -16,6 +16,7 @@ import signal
 import struct
 import sys
 import types
+from dataclasses import dataclass
 from typing import Any
 
 from sandbox.linux.syscalls import kill_process
@@ -106,20 +107,38 @@ def _fetch(folder: str, paths: list[str], cap: int, report: dict[str, Any]) -> b
     return b"".join(bodies)
 
 
-def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
+@dataclass(frozen=True)
+class Stand:
+    """What a program needs and what can be made before it is there."""
+
+    raw: stage.CountingFile
+    stdout: Any
+    names: dict[str, Any]
+
+
+def prepare() -> Stand:
+    """In the child, before anybody waits for it: streams and a main module, and once through everything that a program
+    will do, so that the memory it touches is this process's own already."""
+    raw = stage.fresh_streams()
+    run_source("pass\nNone", {"__name__": "__main__"}, raw)
+    stage.seed_all(0)
+    json.loads(json.dumps({"seed": 0}))
+    sys.stdout.flush()
+    return Stand(raw, sys.stdout, stage.main_module())
+
+
+def run(stand: Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
     """Waits for the job and does it; never returns."""
     settings, code, stdin = read_job(job_fd)
     gc.enable()
     if settings.get("mode") == "session":
         session.serve(job_fd, report_fd, settings, base_bytes, filtered)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored until here
-    stage.provide_stdin(stdin)
+    if stdin:
+        stage.provide_stdin(stdin)
     report: dict[str, Any] = {}
     unwritten = _receive_files(job_fd, settings.get("files", []))
     os.close(job_fd)
-    raw = stage.fresh_streams()
-    stdout = sys.stdout
-    names = stage.main_module()
     stage.seed_all(settings["seed"])
     stage.apply_limits(settings, base_bytes, filtered)
     folder = os.getcwd()  # noqa: PTH109
@@ -129,7 +148,7 @@ def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
         channel.write_exactly(report_fd, channel.pack(channel.DONE, 0, {"unwritten": unwritten}))
         os._exit(0)
     try:
-        run_source(code, names, raw, MAIN, shown if settings.get("rich") else None)
+        run_source(code, stand.names, stand.raw, MAIN, shown if settings.get("rich") else None)
         if settings.get("rich"):
             report["display"] = rich_results(shown)
     except SystemExit as error:
@@ -139,7 +158,7 @@ def run(job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
         with stage.memory_reserve() if isinstance(error, MemoryError) else contextlib.nullcontext():
             report["exception"] = describe(error)
     _finish()
-    stage.flush_all(stdout)
+    stage.flush_all(stand.stdout)
     with contextlib.suppress(BaseException):
         body = _fetch(folder, settings["fetch"], settings["fetch_cap"], report) if settings.get("fetch") else b""
         if report or body:

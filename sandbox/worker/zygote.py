@@ -138,8 +138,9 @@ class Zygote:
                 os.close(ruleset)
             workdir = self.jail.workdir(ident)
             os.environ.update(HOME=workdir, TMPDIR=workdir, PWD=workdir)
+            stand = runner.prepare()
             os.write(report, runner.READY_BYTE)
-            runner.run(job, report, self.base_bytes, self.jail.tier.seccomp)
+            runner.run(stand, job, report, self.base_bytes, self.jail.tier.seccomp)
         except BaseException as error:
             # Before the job arrived this is our failure; the supervisor reads it where it expects readiness.
             try:
