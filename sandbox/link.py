@@ -16,6 +16,7 @@ from typing import Any
 
 from sandbox.frames import FrameProtocol
 from sandbox.results import decode_error
+from sandbox.supervisor import cgroups
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.types import SandboxUnavailable
 
@@ -142,4 +143,6 @@ class Link:
         except subprocess.TimeoutExpired:
             self.process.kill()
             await asyncio.to_thread(self.process.wait)
+        if self.process.returncode != 0:
+            await asyncio.to_thread(cgroups.remove_of, self.process.pid)
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -163,8 +163,9 @@ class LocalSandbox:
         fetch: Sequence[str] = (),
         rich: bool = False,
         deadline_s: float | None = None,
+        owner: str = "",
     ) -> ExecResult:
-        """See `Sandbox.exec`. What the code does is in the result; only our own failures raise
+        """See `Sandbox.exec`. `owner`: callers with different ones take turns in the queue. What the code does is in the result; only our own failures raise
         (`SandboxUnavailable`, `SandboxInfraError`, `SandboxOverloaded`, `ConfinementUnavailable`)."""
         message: dict[str, Any] = {
             "op": "exec",
@@ -184,6 +185,8 @@ class LocalSandbox:
             message["rich"] = True
         if deadline_s is not None:
             message["deadline_s"] = deadline_s
+        if owner:
+            message["owner"] = owner
         reply = await self._ask(message, None if idempotency_key is not None else {"op": "cancel"})
         return decode_result(reply["result"])
 

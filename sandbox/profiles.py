@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Profile:
-    """`modules` must be importable; `warmup` is our own code, run once in the zygote."""
+    """`modules` must be importable; `warmup` is our own code, run once in the zygote. `without`: modules that the
+    others would import if they were there, and that start threads: a warm interpreter must have one."""
 
     name: str
     modules: tuple[str, ...] = ()
     warmup: str = ""
+    without: tuple[str, ...] = ()
 
 
 _COMMON = (
@@ -38,7 +40,9 @@ repr(pandas.DataFrame({"a": [1, 2], "b": ["x", "y"]}).groupby("b").sum())
 PROFILES: dict[str, Profile] = {
     "py-bare": Profile("py-bare", (), _COMMON),
     "py-math": Profile("py-math", ("numpy", "mpmath", "sympy"), _COMMON + _MATH),
-    "py-data": Profile("py-data", ("numpy", "mpmath", "sympy", "scipy", "pandas"), _COMMON + _MATH + _DATA),
+    "py-data": Profile(
+        "py-data", ("numpy", "mpmath", "sympy", "scipy", "pandas"), _COMMON + _MATH + _DATA, ("pyarrow",)
+    ),
 }
 """Smallest first."""
 

@@ -91,7 +91,8 @@ async def exec_one(state: ServerState, request: Request) -> Response:
     mark = fingerprint(*item.model_copy(update={"idempotency_key": None, "deadline_ms": None})) if key else ""
     if key is None:
         state.check_deadline(item.deadline_ms)
-    return await once_or_watched(state, request, ("exec", key), mark, lambda: state.answer(item))
+    owner = ticket(request).owner
+    return await once_or_watched(state, request, ("exec", key), mark, lambda: state.answer(item, owner=owner))
 
 
 async def _item(state: ServerState, owner: str, index: int, data: Any, arrived: float) -> bytes:
@@ -100,7 +101,7 @@ async def _item(state: ServerState, owner: str, index: int, data: Any, arrived: 
         item = check(ExecRequest, data)
         state.check_profile(item.profile)
         state.limits(item.limits)
-        work = functools.partial(state.answer, item, arrived)
+        work = functools.partial(state.answer, item, arrived, owner)
         if item.idempotency_key is None:
             reply = await work()
         else:

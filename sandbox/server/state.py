@@ -86,12 +86,12 @@ class ServerState:
 
     # --- running ------------------------------------------------------------------------------------------------
 
-    async def execute(self, request: ExecRequest, arrived: float | None = None) -> ExecResult:
-        """Run one request. `arrived`: monotonic time from which its deadline counts.
+    async def execute(self, request: ExecRequest, arrived: float | None = None, owner: str = "") -> ExecResult:
+        """Run one request. `arrived`: monotonic time from which its deadline counts. `owner`: whose turn it takes.
 
         Raises `SandboxError` and `Refused`.
         """
-        optional: dict[str, Any] = {}
+        optional: dict[str, Any] = {"owner": owner}
         if request.deadline_ms is not None:
             left = request.deadline_ms / 1e3 - (time.monotonic() - arrived if arrived is not None else 0.0)
             if left <= 0:
@@ -127,10 +127,10 @@ class ServerState:
         if result.status is not Status.REJECTED:
             self.last_success = time.monotonic()
 
-    async def answer(self, request: ExecRequest, arrived: float | None = None) -> Reply:
+    async def answer(self, request: ExecRequest, arrived: float | None = None, owner: str = "") -> Reply:
         """Run one request and say how it went; everything that can go wrong is in the answer."""
         try:
-            return result_reply(await self.execute(request, arrived))
+            return result_reply(await self.execute(request, arrived, owner))
         except SandboxError as error:
             return error_reply(error)
         except Refused as refused:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,6 +159,19 @@ def _sweep(place: Path) -> None:
             for inner in (*folder.glob("*/"), folder):
                 with contextlib.suppress(OSError):
                     inner.rmdir()
+
+
+def remove_of(pid: int) -> None:
+    """Remove the groups of a supervisor that was killed; its processes end with it, which may take a moment."""
+    for _, place in _places():
+        folder = place / f"{_PREFIX}{pid}"
+        for _ in range(50):
+            for inner in (*folder.glob("*/"), folder):
+                with contextlib.suppress(OSError):
+                    inner.rmdir()
+            if not folder.exists():
+                break
+            time.sleep(0.02)
 
 
 def find() -> Groups | None:

@@ -170,7 +170,7 @@ class Warden:
         except (ProcessLookupError, ChildProcessError):
             pass
         if not self.tier.namespaces:
-            for uid in self.uids or {0}:
+            for uid in self.uids if self.tier.own_uid else {0}:
                 self.purge(uid)
             self._remove_folders()
 
@@ -188,6 +188,8 @@ def _kill_as(uid: int) -> None:
 
     Our real id is then one that the run cannot signal; the saved id, root's, is the way back.
     """
+    if uid <= 0:
+        raise ValueError(f"{uid} is no run's user id: this would kill everything on the machine")
     os.setresuid(uid + 1, uid, 0)
     try:
         with contextlib.suppress(ProcessLookupError):

@@ -5,6 +5,7 @@ Commands and answers are fixed-size packets (`sandbox/wire.py`). One thread, one
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import fcntl
 import gc
@@ -12,6 +13,7 @@ import importlib
 import os
 import select
 import socket
+import sys
 import time
 import types
 
@@ -29,10 +31,14 @@ def warm(profile: Profile) -> None:
 
     Raises `ImportError` when a module is missing.
     """
+    sys.modules.update(dict.fromkeys(profile.without))  # type: ignore[arg-type]  # None: cannot be imported now
     for name in profile.modules:
         importlib.import_module(name)
     exec(compile(profile.warmup, "warmup", "exec"), {"__name__": "warmup"})
+    for name in profile.without:
+        del sys.modules[name]
     _hidden.extend(runner.rehearse())
+    atexit._clear()  # what the modules registered is nothing that a run's end needs
     gc.collect()
     gc.freeze()
     gc.disable()

@@ -145,3 +145,25 @@ def test_capability_table_names_every_tier() -> None:
     assert {"landlock", "tier ns", "tier uid", "tier self"} <= set(rows)
     assert any(rows[f"tier {name}"]["available"] for name in HOSTS)
     assert all(row["detail"] and (row["available"] or row["fix"]) for row in rows.values())
+
+
+KILL_AS_ROOT = """
+from sandbox.worker import warden
+try:
+    warden._kill_as(0)
+except ValueError as error:
+    print(error)
+"""
+
+
+@as_root
+def test_nobody_is_killed_in_the_name_of_root() -> None:
+    """In a process namespace of its own, where the worst that could happen is the end of this program."""
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", KILL_AS_ROOT],
+        capture_output=True,
+        text=True,
+        cwd=PROGRAM.parents[2],
+        timeout=60,
+    )
+    assert "would kill everything" in done.stdout, done
