@@ -165,8 +165,11 @@ class LocalSandbox:
         deadline_s: float | None = None,
         owner: str = "",
     ) -> ExecResult:
-        """See `Sandbox.exec`. `owner`: callers with different ones take turns in the queue. What the code does is in the result; only our own failures raise
-        (`SandboxUnavailable`, `SandboxInfraError`, `SandboxOverloaded`, `ConfinementUnavailable`)."""
+        """See `Sandbox.exec`. `owner`: callers with different ones take turns in the queue.
+
+        What the code does is in the result; only our own failures raise (`SandboxUnavailable`, `SandboxInfraError`,
+        `SandboxOverloaded`, `ConfinementUnavailable`).
+        """
         message: dict[str, Any] = {
             "op": "exec",
             "code": code,
