@@ -33,7 +33,7 @@ lint: $(STAMP)      ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 
 bench: $(STAMP)     ## measure the demo over three seeds and the sandbox; JSON in benchmarks/
-	@$(PY) -m benchmarks.demo_seeds && $(PY) -m benchmarks.sandbox_exec
+	@$(PY) -m benchmarks.demo_seeds && $(PY) -m retool sandbox bench --output benchmarks/sandbox.json
 
 clean:          ## remove the environment (runs are kept)
 	rm -rf .venv

@@ -97,7 +97,7 @@ class Tail:
         """Add a token; the first of `strings` that it completes. `keep`: characters remembered."""
         self._ids.append(token)
         piece = self._pieces[token]
-        if "\ufffd" in piece:
+        if "\ufffd" in piece or self.text.endswith("\ufffd"):
             return self._push_partial(strings, keep)
         found = None
         for s in strings:
@@ -120,5 +120,5 @@ class Tail:
         """A character spread over several tokens: decode a window, with and without the newest token."""
         now = self._pieces.decode(self._ids[-_WINDOW:])
         before = self._pieces.decode(self._ids[-_WINDOW:-1])
-        self.text = now.rstrip("\ufffd")[-max(keep, 1) :]
+        self.text = now[-max(keep, 1) :]
         return next((s for s in strings if now.count(s) > before.count(s)), None)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 
 from sandbox.linux import syscalls as sys_
 
 _HUGE = 2 << 20
+_BYTES_HEADER = sys.getsizeof(b"")
 
 
 def address_space() -> int:
@@ -36,3 +39,31 @@ def collapse_heap() -> int:
         for address in range(-(-start // _HUGE) * _HUGE, end - _HUGE + 1, _HUGE):
             count += sys_.madvise(address, _HUGE, sys_.MADV_COLLAPSE)
     return count
+
+
+def fill_pools() -> list[bytes]:
+    """Use up the free blocks among the objects of this process; keep what is returned.
+
+    What a child allocates then comes to lie in fresh pages of its own, instead of making it copy one page here and
+    one there. Only an optimisation: where the allocator has no statistics nothing changes.
+    """
+    fillers = []
+    for size, free in _free_blocks().items():
+        fillers += [bytes(size - _BYTES_HEADER) for _ in range(free) if size >= _BYTES_HEADER]
+    return fillers
+
+
+def _free_blocks() -> dict[int, int]:
+    """Of CPython's allocator: size of a block -> how many are free in pools that are in use."""
+    saved, report = os.dup(2), os.memfd_create("allocator")
+    try:
+        os.dup2(report, 2)
+        sys._debugmallocstats()
+        os.dup2(saved, 2)
+        text = os.pread(report, 1 << 20, 0).decode("ascii", "replace")
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(report)
+    rows = re.findall(r"^ *\d+ +(\d+) +\d+ +\d+ +(\d+)$", text, re.MULTILINE)
+    return {int(size): int(free) for size, free in rows}

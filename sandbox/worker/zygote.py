@@ -23,7 +23,7 @@ from sandbox.linux import syscalls as sys_
 from sandbox.profiles import Profile
 from sandbox.worker import runner, stage
 from sandbox.worker.jail import INIT_SEES_CHILD_AS, Jail, confine
-from sandbox.worker.memory import collapse_heap
+from sandbox.worker.memory import collapse_heap, fill_pools
 
 
 def warm(profile: Profile) -> None:
@@ -42,9 +42,11 @@ def warm(profile: Profile) -> None:
     gc.collect()
     gc.freeze()
     gc.disable()
+    _kept.extend(fill_pools())
     collapse_heap()
 
 
+_kept: list[bytes] = []
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
 _STRANGERS_S = 0.2
 _HIGH = 512  # descriptors a child keeps are moved up here before everything below is closed

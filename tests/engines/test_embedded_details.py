@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     GPT2Config,
@@ -241,6 +241,7 @@ TOKENS = st.lists(
 )
 
 
+@example([262, 98, 260], ("e>", "ode>\nx"))  # half a character between the halves of a string
 @given(TOKENS, st.sampled_from([("</code>",), ("e>", "ode>\nx"), ("aa", "a\n"), ("\u00e9",)]))
 @settings(max_examples=150, deadline=None)
 def test_stops_are_found_at_the_token_that_completes_them(ids: list[int], stops: tuple[str, ...]) -> None:

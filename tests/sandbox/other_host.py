@@ -89,10 +89,16 @@ def become(kind: str) -> None:
     os.chdir("/")
 
 
-def run(kind: str, program: Path) -> subprocess.CompletedProcess[str]:
-    """From a test: run `program` on such a host."""
+def run(
+    kind: str, program: Path, environment: dict[str, str] | None = None, timeout: float = 100
+) -> subprocess.CompletedProcess[str]:
+    """From a test: run `program` on such a host, with `environment` added to ours."""
     return subprocess.run(
-        [sys.executable, "-W", "error", __file__, kind, str(program)], capture_output=True, text=True, timeout=100
+        [sys.executable, "-W", "error", __file__, kind, str(program)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **(environment or {})},
     )
 
 
