@@ -38,7 +38,7 @@ app.add_typer(data_app, name="data")
 RecipeArg = Annotated[Path, typer.Argument(help="Recipe file, e.g. recipes/demo.yaml", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Dotted overrides, e.g. objective=ppo learner.lr=1e-6 out=runs/mine", show_default=False),
+    typer.Argument(help="Dotted overrides, e.g. objective=ppo_rlhf learner.lr=1e-6 out=runs/mine", show_default=False),
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the recipe's folder.")]
 
@@ -64,7 +64,7 @@ def train(
 ) -> None:
     """Multi-turn RL with the live sandbox.
 
-    Example: retool train recipes/tiny.yaml objective=ppo out=runs/ppo
+    Example: retool train recipes/tiny.yaml objective=ppo_rlhf out=runs/ppo
     """
     from retool.recipe import dump_recipe, load_recipe
 

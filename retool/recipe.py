@@ -1,6 +1,6 @@
 """Recipes: read a YAML file, lay it over its preset and the defaults, apply overrides, refuse what is wrong.
 
-recipe = load_recipe("recipes/demo.yaml", ["objective.preset=ppo", "learner.lr=1e-6"])
+recipe = load_recipe("recipes/demo.yaml", ["objective.preset=ppo_rlhf", "learner.lr=1e-6"])
 """
 
 from __future__ import annotations

@@ -26,9 +26,9 @@ def test_every_committed_recipe_loads_and_survives_a_round_trip(file: Path) -> N
 
 
 def test_precedence_is_override_then_recipe_then_preset_then_default(tmp_path: Path) -> None:
-    file = write(tmp_path, "objective: ppo\nlearner: {lr: 2.0e-5}\n")
-    plain = resolve({"objective": "ppo"})
-    assert plain.objective.preset == "ppo"
+    file = write(tmp_path, "objective: ppo_rlhf\nlearner: {lr: 2.0e-5}\n")
+    plain = resolve({"objective": "ppo_rlhf"})
+    assert plain.objective.preset == "ppo_rlhf"
     recipe = load_recipe(file)
     assert recipe.learner.lr == 2e-5
     assert recipe.reward == plain.reward  # what the preset sets and the recipe does not mention
@@ -53,7 +53,7 @@ def test_extends_lays_a_recipe_over_another(tmp_path: Path) -> None:
         ("steps: many", [], "steps"),
         ("reward: {correct: 1, wrong: 0, max_call_cost: 1}", [], "must stay above wrong"),
         ("rollout: {group_size: 1}", [], "rollout.group_size must be >= 2"),
-        ("objective: {preset: ppo, critic: {kind: none}}", [], "needs values: set objective.critic.kind"),
+        ("objective: {preset: ppo_rlhf, critic: {kind: none}}", [], "needs values: set objective.critic.kind"),
         ("steps: 3", ["steps"], "write it as key=value"),
         ("steps: 3", ["steps.a=1"], "'steps' is a value"),
         ("- 1", [], "YAML mapping"),

@@ -25,7 +25,7 @@ from retool.records import TrainSample
 from retool.transcript import Sample, Span, Transcript, digest_tokens
 
 TINY = TinyModelConfig(hidden=16, layers=2, heads=2, intermediate=32, context=96)
-PRESET_NAMES = ("sft", "grpo", "ppo")
+PRESET_NAMES = ("sft", "grpo", "ppo_rlhf")
 PROOFS = ("gspo", "dpo", "kl_cov", "gae", "spo_mix")
 
 

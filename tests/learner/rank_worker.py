@@ -30,15 +30,15 @@ def main(folder: Path, names: list[str]) -> None:
 
 def resumed(shard: str, folder: Path, world: World) -> None:
     """Two steps with a checkpoint in between; the second one again from the checkpoint. Saves both policies."""
-    base = recipe("ppo", folder, learner={"shard": shard})
+    base = recipe("ppo_rlhf", folder, learner={"shard": shard})
     for name in ("whole", "resumed"):
-        made = Learner.create(base, objective("ppo", folder), model(), load_tokenizer(base.model), world=world)
+        made = Learner.create(base, objective("ppo_rlhf", folder), model(), load_tokenizer(base.model), world=world)
         if name == "whole":
-            made.step(rollout_for("ppo", 1))
+            made.step(rollout_for("ppo_rlhf", 1))
             made.save(folder / f"checkpoint-{shard}")
         else:
             made.load(folder / f"checkpoint-{shard}")
-        made.step(rollout_for("ppo", 2))
+        made.step(rollout_for("ppo_rlhf", 2))
         made.save_model(folder / f"{shard}-{name}")
 
 

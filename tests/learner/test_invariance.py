@@ -104,23 +104,23 @@ def test_two_ranks(name: str, shard: str, two_ranks: Path, tmp_path: Path) -> No
 
 def test_two_ranks_train_save_and_resume(two_ranks: Path, tmp_path: Path) -> None:
     """Replicated or sharded, undisturbed or resumed: one policy comes out, and it is the one of a single process."""
-    base = recipe("ppo", tmp_path)
-    alone = Learner.create(base, objective("ppo", tmp_path), model(), load_tokenizer(base.model))
+    base = recipe("ppo_rlhf", tmp_path)
+    alone = Learner.create(base, objective("ppo_rlhf", tmp_path), model(), load_tokenizer(base.model))
     for seed in (1, 2):
-        alone.step(rollout_for("ppo", seed))
+        alone.step(rollout_for("ppo_rlhf", seed))
     expected = alone.full_weights()
     for shard in ("none", "fsdp"):
         whole = load_file(two_ranks / f"{shard}-whole" / "model.safetensors")
         assert_same(whole, load_file(two_ranks / f"{shard}-resumed" / "model.safetensors"))
         assert_same({k: expected[k] for k in whole}, whole)
-    other = Learner.create(base, objective("ppo", tmp_path), model(), load_tokenizer(base.model))
+    other = Learner.create(base, objective("ppo_rlhf", tmp_path), model(), load_tokenizer(base.model))
     other.load(two_ranks / "checkpoint-fsdp")
-    other.step(rollout_for("ppo", 2))
+    other.step(rollout_for("ppo_rlhf", 2))
     assert_same(expected, other.full_weights())
 
 
 def test_activation_checkpointing_changes_nothing(tmp_path: Path) -> None:
-    plain, frugal = keeper("ppo", tmp_path), keeper("ppo", tmp_path, activation_checkpointing=True)
-    expected = losses(plain.step(rollout_for("ppo")))
-    assert losses(frugal.step(rollout_for("ppo"))) == pytest.approx(expected, abs=1e-9)
+    plain, frugal = keeper("ppo_rlhf", tmp_path), keeper("ppo_rlhf", tmp_path, activation_checkpointing=True)
+    expected = losses(plain.step(rollout_for("ppo_rlhf")))
+    assert losses(frugal.step(rollout_for("ppo_rlhf"))) == pytest.approx(expected, abs=1e-9)
     assert_same(plain.gradients, frugal.gradients)

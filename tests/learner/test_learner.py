@@ -206,9 +206,9 @@ def test_a_view_of_part_of_a_span_is_checked_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_reward_that_is_not_finite_stops(value: float, tmp_path: Path) -> None:
-    rows = rollout_for("ppo")
+    rows = rollout_for("ppo_rlhf")
     rows[2] = replace(rows[2], score=value)
-    made = learner("ppo", tmp_path)
+    made = learner("ppo_rlhf", tmp_path)
     before = weights(made)
     with pytest.raises(LearnerStopped, match="not finite") as caught:
         made.step(rows)
@@ -253,18 +253,18 @@ def test_samples_out_of_the_loss_stay_in_the_statistics(tmp_path: Path) -> None:
 
 
 def test_critic_warm_up_leaves_the_policy_alone(tmp_path: Path) -> None:
-    base = recipe("ppo", tmp_path, objective={"critic": {"kind": "policy", "warmup": 1}})
+    base = recipe("ppo_rlhf", tmp_path, objective={"critic": {"kind": "policy", "warmup": 1}})
     made = Learner.create(base, build_objective(base), model(), load_tokenizer(base.model))
     before = weights(made)
-    made.step(rollout_for("ppo"))
+    made.step(rollout_for("ppo_rlhf"))
     after = weights(made)
     assert all(torch.equal(before[k], after[k]) for k in before if k.startswith("policy"))
     assert any(not torch.equal(before[k], after[k]) for k in before if k.startswith("critic"))
-    made.step(rollout_for("ppo"))
+    made.step(rollout_for("ppo_rlhf"))
     assert any(not torch.equal(before[k], v) for k, v in weights(made).items() if k.startswith("policy"))
 
 
-@pytest.mark.parametrize("preset", ["grpo", "ppo"])
+@pytest.mark.parametrize("preset", ["grpo", "ppo_rlhf"])
 def test_a_rewarded_token_is_learnt(preset: str, tmp_path: Path) -> None:
     """A bandit: one token after a fixed prompt, reward 1 for eight of the ids, sampled from the model itself."""
     wanted = range(8, 16)
@@ -325,7 +325,7 @@ def test_checkpoints_of_something_else_are_refused(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c"]
     assert not any(p.suffix in (".pt", ".pkl", ".bin") for p in (tmp_path / "c").iterdir())
     with pytest.raises(CheckpointError, match="objective 'grpo'"):
-        learner("ppo", tmp_path).load(tmp_path / "c")
+        learner("ppo_rlhf", tmp_path).load(tmp_path / "c")
     with pytest.raises(CheckpointError, match="not a learner checkpoint"):
         made.load(tmp_path / "nothing")
     (tmp_path / "c").rename(tmp_path / ".c.old")

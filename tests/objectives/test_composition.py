@@ -174,7 +174,7 @@ def test_scores_say_what_must_be_computed() -> None:
     twice = preset_fragment("grpo")
     twice["learner"]["epochs"] = 2
     assert build_objective(Recipe(**twice)).scores == {"logp_old", "logp_ref"}
-    assert build_objective(recipe("ppo")).scores == {"logp_old", "logp_ref", "value"}
+    assert build_objective(recipe("ppo_rlhf")).scores == {"logp_old", "logp_ref", "value"}
     free = {"kl": {"place": "none"}, "reference": {"kind": "none"}}
     assert build_objective(recipe("grpo", **free, off_policy={"old": "detached"})).scores == frozenset()
     assert build_objective(recipe("grpo", **free, off_policy={"old": "rollout"})).scores == frozenset()
@@ -251,7 +251,7 @@ def test_group_relative_ignores_uncounted_members() -> None:
 
 def test_preset_table() -> None:
     """Each preset resolves to the row of the specification."""
-    ppo, grpo, sft = (recipe(n) for n in ("ppo", "grpo", "sft"))
+    ppo, grpo, sft = (recipe(n) for n in ("ppo_rlhf", "grpo", "sft"))
     o = ppo.objective
     assert (o.kl.place, o.kl.estimator, o.kl.beta) == ("reward", "k1", 0.01)
     assert (o.advantage.kind, o.advantage.lam, o.advantage.gamma, o.advantage.whiten) == ("gae", 1.0, 1.0, True)

@@ -1,0 +1,1 @@
+"""The rows of the table of algorithms, one module a family."""
