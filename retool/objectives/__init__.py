@@ -14,7 +14,8 @@ from retool.objectives.base import (
 from retool.objectives.batch import Atom, Batch, Forward, MissingColumn
 from retool.objectives.build import build_objective
 from retool.objectives.objective import Finalized, Objective
-from retool.objectives.presets import PRESETS, Preset, find_preset, preset_fragment
+from retool.objectives.preset import Preset
+from retool.objectives.presets import PRESETS, find_preset, preset_fragment
 from retool.objectives.validate import validate
 
 __all__ = [

@@ -51,7 +51,7 @@ async def test_auto_runs_each_program_where_its_modules_are_warm() -> None:
             assert (await session.exec("import sys; 'sympy' in sys.modules")).stdout == "True\n"
 
 
-@pytest.mark.skipif("py-data" not in available(), reason="scipy and pandas are not installed: pip install "retool-rl[pydata]"")
+@pytest.mark.skipif("py-data" not in available(), reason="scipy or pandas is missing: pip install 'retool-rl[pydata]'")
 async def test_data_profile_has_scipy_and_pandas_warm() -> None:
     async with LocalSandbox("py-data", Limits(wall_s=20)) as box:
         result = await box.exec("import sys\n'scipy.stats' in sys.modules and 'pandas' in sys.modules")
