@@ -149,6 +149,27 @@ def fork() -> int:
     return pid
 
 
+_FDOPEN, _SETVBUF, _CLONE = _LIBC.fdopen, _LIBC.setvbuf, _LIBC.clone
+_FDOPEN.restype = ctypes.c_void_p
+_SETVBUF.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+_CLONE.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+_GETC = ctypes.cast(_LIBC.getc_unlocked, ctypes.c_void_p)
+_CLONE_VM = 0x00000100
+
+
+def read_stream(fd: int, buffer: int, size: int) -> ctypes.c_void_p:
+    """A C stream that reads `fd` through the memory at `buffer`, so that reading allocates nothing."""
+    stream = ctypes.c_void_p(_FDOPEN(ctypes.c_int(fd), b"r"))
+    if not stream.value or _SETVBUF(stream, buffer, 0, size):
+        raise OSError(ctypes.get_errno(), "fdopen")
+    return stream
+
+
+def clone_reader(stack_top: ctypes.c_void_p, stream: ctypes.c_void_p) -> int:
+    """A process that shares our memory, reads one character and ends; its id, or -1. See `worker/anchor.py`."""
+    return int(_CLONE(_GETC, stack_top, _CLONE_VM, stream))
+
+
 _MADVISE = _LIBC.madvise
 _MADVISE.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 MADV_COLLAPSE = 25

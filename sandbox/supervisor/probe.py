@@ -136,16 +136,18 @@ class Probe:
         unit, child = await pool.take()
         told = self._told(f"{pool.tier.name}-{time.monotonic_ns()}", not pool.tier.deny_fork, modules)
         run = Run(unit, child, Job(SCRIPT, told, 0, _LIMITS))
+        clean = False
         try:
             result = await run.execute(0.0)
         finally:
-            pool.recycle(unit, child, clean=not run.leaked)
+            clean = await run.clean()
+            pool.recycle(unit, child, clean=clean)
         try:
             said: dict[str, Any] = json.loads(result.stdout)
         except ValueError:
             text = result.exception.traceback if result.exception else result.stderr
             return f"the probe ended with {result.status.value}: {text[-300:]}"
-        breached = dict(said["breached"], signal=self.signals > before, daemon=run.leaked)
+        breached = dict(said["breached"], signal=self.signals > before, daemon=not clean)
         holes = [NAMES[name] for name, worked in breached.items() if worked]
         if holes:
             return f"confined code can still {', '.join(holes)}"

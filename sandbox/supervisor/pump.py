@@ -83,16 +83,21 @@ class Pump:
             self._on_flood()
         return True
 
+    def sip(self) -> None:
+        """Take what the pipes hold now."""
+        for fd in list(self._open):
+            for _ in range(1024):
+                if not self._readable(fd):
+                    break
+
     def drain(self) -> None:
         """After the writers are dead: take what the pipes still hold and stop reading.
 
         A pipe without an end still has a writer somewhere: something survived. `unclosed` counts them.
         """
+        self.sip()
         for fd in list(self._open):
-            for _ in range(1024):
-                if not self._readable(fd):
-                    break
-            self.unclosed += fd in self._open
+            self.unclosed += 1
             self.detach(fd)
 
     def detach(self, fd: int) -> None:

@@ -96,7 +96,6 @@ class Run:
 
     def __init__(self, unit: Unit, child: Child, job: Job) -> None:
         self.unit, self.child, self.job = unit, child, job
-        self.leaked = False
         self._killed_for: Status | None = None
         self._end = asyncio.Event()
         limits = job.limits
@@ -111,12 +110,20 @@ class Run:
             self._killed_for = reason
         self._end.set()
 
+    @property
+    def killed(self) -> bool:
+        """Whether it was we who ended it."""
+        return self._killed_for is not None
+
     def cancel(self) -> None:
         """End the run with status `cancelled`."""
         self._stop(Status.CANCELLED)
 
     async def execute(self, queue_ms: float) -> ExecResult:
-        """Run to the end. Raises `SandboxInfraError` when the end is our fault."""
+        """Run to the end of the program itself. Raises `SandboxInfraError` when the end is our fault.
+
+        Whatever the program started may live on until `clean`, which must follow.
+        """
         loop = asyncio.get_running_loop()
         child = self.child
         ooms = OOM_WATCH.begin()
@@ -137,17 +144,14 @@ class Run:
             if feeding is not None:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
-            wall = time.monotonic() - started
-            self.leaked = not await self.unit.kill(child)
-            self.pump.drain()
-            self.talk.drain()
-            # With a lost unit its warden is killing everything; a pipe may then be open for a moment longer.
-            self.leaked = self.leaked or (self.pump.unclosed > 0 and not self.unit.lost.is_set())
-            child.close()
-        if child.exited.done():
-            status, cpu_us, rss_kib = child.exited.result()
-        else:
-            raise SandboxInfraError("the run could not be ended", "lost_child")
+        wall = time.monotonic() - started
+        try:
+            await self.unit.end(child)
+        except TimeoutError:
+            raise SandboxInfraError("the run could not be ended", "lost_child") from None
+        self.pump.sip()
+        self.talk.sip()
+        status, cpu_us, rss_kib = child.exited.result()
         if self.pump.flooded and self._killed_for is None:
             self._killed_for = Status.OUTPUT_LIMIT
         report, body = parse_frame(bytes(self.report.head))
@@ -156,6 +160,17 @@ class Run:
             ending = ending.looked_into(ooms, child.group)
         usage = Usage(1e3 * wall, cpu_us / 1e3, queue_ms, rss_kib / 1024)
         return self._result(ending, usage, report, body)
+
+    async def clean(self) -> bool:
+        """Kill everything that is left of the run and let go of it; True when nothing is."""
+        try:
+            dead = await self.unit.kill(self.child)
+        finally:
+            self.pump.drain()
+            self.talk.drain()
+            self.child.close()
+        # With a lost unit its warden is killing everything; a pipe may then be open for a moment longer.
+        return dead and (self.pump.unclosed == 0 or self.unit.lost.is_set())
 
     def _result(self, ending: Ending, usage: Usage, report: dict[str, Any], body: bytes) -> ExecResult:
         outcome = judge(ending, self.job.limits)

@@ -82,6 +82,7 @@ class Service:
         self.uid_base, self._uid_locks = reserve_uids(uids_needed(settings) * len(settings.profiles))
         self._slots = Slots(settings.workers, settings.queue)
         self._running: dict[int, Run] = {}
+        self._cleaning: set[asyncio.Task[None]] = set()
         self._groups: Groups | None = None
         self._idempotency = IdempotencyStore()
         self._pools: Pools | None = None
@@ -216,22 +217,33 @@ class Service:
         await self._slots.acquire(request.get("owner", ""), request.get("deadline_s"))
         started = time.monotonic()
         try:
-            return await self._run(job, handle, request.get("profile"), queued)
-        finally:
+            assert self._pools is not None
+            pool, unit, child = await self._pools.take(self._pools.name(request.get("profile"), job.code))
+        except BaseException:
             self._slots.release()
-            self._slots.took(time.monotonic() - started)
-
-    async def _run(self, job: Job, handle: int, profile: str | None, queued: float) -> ExecResult:
-        assert self._pools is not None
-        pool, unit, child = await self._pools.take(self._pools.name(profile, job.code))
+            raise
         run = Run(unit, child, job)
         self._running[handle] = run
         try:
             return await run.execute(1e3 * (time.monotonic() - queued))
         finally:
             del self._running[handle]
-            pool.recycle(unit, child, clean=not run.leaked)
+            task = asyncio.get_running_loop().create_task(self._clean(pool, run, started))
+            self._cleaning.add(task)
+            task.add_done_callback(self._cleaning.discard)
+            if run.killed:  # nobody is in a hurry then, and whoever set a limit wants to see it kept
+                await asyncio.shield(task)
+
+    async def _clean(self, pool: Pool, run: Run, started: float) -> None:
+        """Nothing of the run stays alive, and only then its slot is free. An ordinary answer does not wait for that."""
+        clean = False
+        try:
+            clean = await run.clean()
+        finally:
+            pool.recycle(run.unit, run.child, clean=clean)
             pool.refill()
+            self._slots.release()
+            self._slots.took(time.monotonic() - started)
 
     def cancel(self, handle: int) -> bool:
         """End a running request; False when it is not running."""
@@ -271,6 +283,7 @@ class Service:
     async def close(self) -> None:
         """End every run and the warm unit."""
         await self.sessions.close_all()
+        await asyncio.gather(*self._cleaning, return_exceptions=True)
         if self._pools is not None:
             await self._pools.close()
         if self._groups is not None:

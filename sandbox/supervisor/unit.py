@@ -85,6 +85,7 @@ class Unit:
         self._process: subprocess.Popen[bytes] | None = None
         self._sockets: list[socket.socket] = []
         self._cells: list[Cell] = []
+        self._lifeline = -1  # anchors end when it closes
         self._errors = Path(settings.work_root) / f"unit-{tier.name}-{id(self)}.log"
 
     @property
@@ -96,6 +97,7 @@ class Unit:
         """Start warden and zygote and wait until warm. Raises `UnitFailed`."""
         warden, warden_far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         zygote, zygote_far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        lifeline, self._lifeline = os.pipe2(os.O_CLOEXEC)
         config = {
             "tier": self.tier.name,
             "profile": self.settings.profile,
@@ -106,6 +108,7 @@ class Unit:
             "work_root": self.settings.work_root,
             "warden_fd": warden_far.fileno(),
             "zygote_fd": zygote_far.fileno(),
+            "lifeline": lifeline,
         }
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(  # noqa: ASYNC220 (a vfork; milliseconds)
@@ -114,11 +117,12 @@ class Unit:
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
-                pass_fds=(warden_far.fileno(), zygote_far.fileno()),
+                pass_fds=(warden_far.fileno(), zygote_far.fileno(), lifeline),
                 cwd="/",
             )
         warden_far.close()
         zygote_far.close()
+        os.close(lifeline)
         self._sockets = [warden, zygote]
         warm = self._expect(wire.READY, 0)
         loop = asyncio.get_running_loop()
@@ -206,6 +210,9 @@ class Unit:
             if sock.fileno() >= 0:
                 asyncio.get_running_loop().remove_reader(sock.fileno())
                 sock.close()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
 
     async def _ask(
         self, sock: int, kind: bytes, reply: bytes, ident: int, numbers: tuple[int, ...] = (), fds: tuple[int, ...] = ()
@@ -295,14 +302,18 @@ class Unit:
             reason = text[1:].decode(errors="replace") or "the child died while it was confined"
             raise SandboxInfraError(f"confinement failed: {reason}", "jail_failed")
 
+    async def end(self, child: Child) -> None:
+        """Kill the child itself, if it still runs. Raises `SandboxInfraError` or `TimeoutError` when that fails."""
+        if not child.exited.done():
+            _kill(child.process)
+            async with asyncio.timeout(10.0):
+                await asyncio.shield(child.exited)
+        child.exited.result()
+
     async def kill(self, child: Child) -> bool:
         """Kill the child and everything it started; True when nothing is left."""
         try:
-            if not child.exited.done():
-                _kill(child.process)
-                async with asyncio.timeout(10.0):
-                    await asyncio.shield(child.exited)
-            child.exited.result()
+            await self.end(child)
             if child.cell is not None:
                 dead = await child.cell.clear()
                 if self._may_keep(child.cell):

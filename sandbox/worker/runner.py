@@ -21,6 +21,7 @@ from typing import Any
 
 from sandbox.linux.syscalls import kill_process
 from sandbox.worker import channel, files, session, stage
+from sandbox.worker.anchor import lift
 from sandbox.worker.display import MAIN, describe, rich_results, run_source
 
 JOB_HEADER = struct.Struct("!II")
@@ -127,12 +128,15 @@ def prepare() -> Stand:
     return Stand(raw, sys.stdout, stage.main_module())
 
 
-def run(stand: Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bool) -> None:
-    """Waits for the job and does it; never returns."""
+def run(stand: Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bool, anchor: int) -> None:
+    """Waits for the job and does it; never returns. `anchor`: process id, or -1."""
     settings, code, stdin = read_job(job_fd)
     gc.enable()
     if settings.get("mode") == "session":
+        if anchor > 0:
+            lift(anchor)
         session.serve(job_fd, report_fd, settings, base_bytes, filtered)
+    settings["processes"] += anchor > 0
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored until here
     if stdin:
         stage.provide_stdin(stdin)

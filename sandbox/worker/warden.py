@@ -199,7 +199,8 @@ def _kill_as(uid: int) -> None:
 
 
 def main(config: dict[str, Any]) -> int:
-    """Run a unit. `config`: tier, profile, python_paths, module_paths, uid, tmp_mb, work_root, two socket numbers."""
+    """Run a unit. `config`: tier, profile, python_paths, module_paths, uid, tmp_mb, work_root, numbers of
+    two sockets and of the lifeline."""
     control = socket.socket(fileno=config["warden_fd"])
     zygote_control = socket.socket(fileno=config["zygote_fd"])
     tier = BY_NAME[config["tier"]]
@@ -225,6 +226,7 @@ def main(config: dict[str, Any]) -> int:
         control.close()
         _zygote(zygote_control, jail, config)
     zygote_control.close()
+    os.close(config["lifeline"])
     os.set_inheritable(control.fileno(), False)
     Warden(control, tier, pid, config["work_root"]).serve()
     return 0
@@ -238,7 +240,7 @@ def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoRet
         warm(PROFILES[config["profile"]])
         base = address_space()
         wire.send_packet(control, wire.READY, 0, (base, int(Path("/proc/self").readlink().name), threads()))
-        Zygote(control, jail, base).serve()
+        Zygote(control, jail, base, config["lifeline"]).serve()
     except BaseException as error:
         print(json.dumps({"step": f"warming up: {type(error).__name__}: {error}"}), file=sys.stderr, flush=True)
     finally:

@@ -22,6 +22,7 @@ from sandbox.linux import seccomp
 from sandbox.linux import syscalls as sys_
 from sandbox.profiles import Profile
 from sandbox.worker import runner, stage
+from sandbox.worker.anchor import Anchor
 from sandbox.worker.jail import INIT_SEES_CHILD_AS, Jail, confine
 from sandbox.worker.memory import collapse_heap, fill_pools
 
@@ -49,16 +50,21 @@ def warm(profile: Profile) -> None:
 _kept: list[bytes] = []
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
 _STRANGERS_S = 0.2
-_HIGH = 512  # descriptors a child keeps are moved up here before everything below is closed
+_HIGH = 512  # the lifeline; other descriptors that a child keeps are moved above it before everything below is closed
 
 
 class Zygote:
     """Forks children and reports how they ended."""
 
-    def __init__(self, control: socket.socket, jail: Jail, base_bytes: int) -> None:
+    def __init__(self, control: socket.socket, jail: Jail, base_bytes: int, lifeline: int) -> None:
         self.control = control
         self.jail = jail
         self.base_bytes = base_bytes
+        self.anchor = None
+        if not jail.tier.deny_fork:
+            os.dup2(lifeline, _HIGH, inheritable=False)
+            self.anchor = Anchor(_HIGH)
+        os.close(lifeline)
         self.children: dict[int, tuple[int, int]] = {}  # pidfd -> (id, pid)
         self.poller = select.poll()
         self.poller.register(control, select.POLLIN)
@@ -125,7 +131,7 @@ class Zygote:
         try:
             if group >= 0:
                 os.write(group, b"0")
-            job = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, _HIGH)
+            job = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, _HIGH + 1)
             report = fcntl.fcntl(fds[3], fcntl.F_DUPFD_CLOEXEC, job + 1)
             ruleset = -1
             if self.jail.ruleset >= 0:
@@ -134,7 +140,7 @@ class Zygote:
             os.dup2(fds[2], 2)
             null = os.open("/dev/null", os.O_RDONLY)
             os.dup2(null, 0)
-            os.closerange(3, job)
+            os.closerange(3, _HIGH)
             os.closerange(max(report, ruleset) + 1, _HIGH + 4096)
             os.setsid()
             try:
@@ -147,8 +153,9 @@ class Zygote:
             workdir = self.jail.workdir(ident)
             os.environ.update(HOME=workdir, TMPDIR=workdir, PWD=workdir)
             stand = runner.prepare()
+            anchor = self.anchor.drop() if self.anchor else -1
             os.write(report, runner.READY_BYTE)
-            runner.run(stand, job, report, self.base_bytes, self.jail.tier.seccomp)
+            runner.run(stand, job, report, self.base_bytes, self.jail.tier.seccomp, anchor)
         except BaseException as error:
             # Before the job arrived this is our failure; the supervisor reads it where it expects readiness.
             try:

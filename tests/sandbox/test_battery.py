@@ -61,7 +61,7 @@ HOLES = {
         "write outside",
     ),
     "jail: descriptors stay open": (
-        ("worker/zygote.py", "os.closerange(3, job)", "os.closerange(3, 3)"),
+        ("worker/zygote.py", "os.closerange(3, _HIGH)", "os.closerange(3, 3)"),
         "inherited descriptors",
     ),
     "seccomp: tracing is allowed": (

@@ -1,0 +1,60 @@
+"""The process that shares a run's memory must be noticed by nobody, and outlive nobody."""
+
+# ruff: noqa: ASYNC240 (tests may block)
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from sandbox import Limits, LocalSandbox, Status
+from tests.sandbox.conftest import processes
+
+OTHERS = "import os\nothers = [int(p) for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())]\n"
+
+
+async def test_wait_does_not_find_it_and_it_takes_no_place() -> None:
+    code = (
+        OTHERS + "assert len(others) == 1, others\n"
+        "try:\n  os.wait()\nexcept ChildProcessError:\n  print('no child')\n"
+        "if os.fork() == 0: os._exit(3)\nprint(os.waitstatus_to_exitcode(os.wait()[1]))\n"
+        "try:\n  [os.fork() or __import__('time').sleep(9) for _ in range(9)]\nexcept BlockingIOError:\n  print('full')"
+    )
+    async with LocalSandbox("py-bare", Limits(wall_s=10, processes=2), tier="ns") as box:
+        result = await box.exec(code)
+        assert result.stdout.splitlines() == ["no child", "3", "full"], result
+
+
+@pytest.mark.parametrize("end", ["sys.exit(7)", "os._exit(7)", "os.execv('/bin/sh', ['sh', '-c', 'exit 7'])"])
+@pytest.mark.parametrize("first", ["", "os.kill(others[0], 9)", "os.kill(others[0], 15); os.kill(-1, 15)"])
+async def test_the_status_is_the_programs_own(first: str, end: str) -> None:
+    guard = "import signal, sys; signal.signal(15, lambda *_: None)\n"
+    async with LocalSandbox("py-bare", Limits(wall_s=10), tier="ns") as box:
+        result = await box.exec(f"{OTHERS}{guard}{first}\n{end}")
+        assert (result.status, result.exit_code) == (Status.EXIT, 7), result
+        assert (await box.exec("print(1)")).stdout == "1\n"
+
+
+async def test_a_session_has_none() -> None:
+    async with LocalSandbox("py-bare", Limits(wall_s=10), tier="ns") as box, box.session() as session:
+        assert (await session.exec(OTHERS + "others")).stdout == "[]\n"
+
+
+async def test_it_ends_with_us_even_where_no_namespace_ends_it() -> None:
+    async with LocalSandbox("py-bare", Limits(wall_s=30), tier="none", allow_unconfined=True) as box:
+        assert box._link is not None
+        folder = box._link.folder
+        assert (await box.exec("print(1)")).stdout == "1\n"
+        stats = await box.stats()
+        assert len(processes(folder)) > 3
+        for name in ("warden_pid", "supervisor_pid"):
+            os.kill(stats[name], signal.SIGKILL)
+        for _ in range(100):
+            if not processes(folder):
+                break
+            await asyncio.sleep(0.05)
+        assert processes(folder) == []
+    assert not Path(folder).exists()
