@@ -91,7 +91,12 @@ class Group:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One row for the learner: a view of a transcript and the columns that objectives may read."""
+    """One row for the learner: a view of a transcript and the columns that objectives may read.
+
+    `problem`: its id, which is the same in every step. `turn_rewards`: the reward of each turn of the policy, with the
+    outcome in the last one's; empty: the score belongs to the last turn. `format_penalty`: 1 without an answer, else
+    repeated answers a turn, at most 1.
+    """
 
     id: str
     group: str
@@ -106,3 +111,7 @@ class TrainSample:
     in_baseline: bool = True
     in_loss: bool = True
     truncated: bool = False
+    problem: str = ""
+    turn_rewards: tuple[float, ...] = ()
+    tool_calls: int = 0
+    format_penalty: float = 0.0

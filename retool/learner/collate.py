@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from retool.objectives import Batch
-from retool.objectives.keyed import key_of
+from retool.objectives.keyed import key_of, problem_key
 from retool.records import TrainSample
 from retool.transcript import KINDS, Sample, Span
 
@@ -56,7 +56,8 @@ class Rollout:
 
 def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"], dtype: torch.dtype) -> Rollout:
     """Rows in the order of their ids, so that the order of arrival changes nothing. Raises `ValueError` for no samples
-    or a repeated id. Token columns: `action, logp_rollout, turn, kind, segment`; sample columns: as in `TrainSample`.
+    or a repeated id. Token columns: `action, logp_rollout, turn, kind, segment,
+    turn_reward`; sample columns: as in `TrainSample`.
     """
     if not samples:
         raise ValueError("the learner got no samples: the collector must keep at least one usable trajectory")
@@ -74,17 +75,21 @@ def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"]
         "turn": torch.from_numpy(np.concatenate([p.turn for p in parts])),
         "kind": torch.from_numpy(np.concatenate([p.kind for p in parts])),
         "segment": torch.from_numpy(np.concatenate([p.segment for p in parts])),
+        "turn_reward": torch.from_numpy(np.concatenate([_turn_reward(s, p) for s, p in zip(ordered, parts)])).to(dtype),
     }
     columns = {
         "index": torch.arange(len(ordered)),
         "group": torch.tensor([groups[s.group] for s in ordered]),
         "key": torch.tensor([key_of("trajectory", s.id) for s in ordered]),
+        "problem": torch.tensor([problem_key(s.problem or s.group) for s in ordered]),
         "pair": torch.tensor([s.pair for s in ordered]),
         "parent": torch.tensor([s.parent for s in ordered]),
         "cluster": torch.tensor([s.cluster for s in ordered]),
         "score": torch.tensor([s.score for s in ordered], dtype=dtype),
         "accuracy": torch.tensor([s.accuracy for s in ordered], dtype=dtype),
         "tool_error_rate": torch.tensor([s.tool_error_rate for s in ordered], dtype=dtype),
+        "tool_calls": torch.tensor([s.tool_calls for s in ordered]),
+        "format_penalty": torch.tensor([s.format_penalty for s in ordered], dtype=dtype),
         "void": torch.tensor([s.void for s in ordered]),
         "truncated": torch.tensor([s.truncated for s in ordered]),
         "in_baseline": torch.tensor([s.in_baseline for s in ordered]),
@@ -109,6 +114,23 @@ class _Row:
     kind: np.ndarray
     segment: np.ndarray
     checks: list[SpanCheck]
+
+
+def _turn_reward(sample: TrainSample, row: _Row) -> np.ndarray:
+    """[n] each turn's reward on its last action token, 0 elsewhere. Raises `ValueError` when a turn has none."""
+    out = np.zeros(len(row.action), dtype=np.float64)
+    acted = np.flatnonzero(row.action)
+    if not len(acted):
+        return out
+    if not sample.turn_rewards:
+        out[acted[-1]] = sample.score
+        return out
+    last = {int(row.turn[i]): i for i in acted}
+    if max(last) >= len(sample.turn_rewards):
+        raise ValueError(f"sample {sample.id} has {len(sample.turn_rewards)} turn_rewards but acts in turn {max(last)}")
+    for turn, index in last.items():
+        out[index] = sample.turn_rewards[turn]
+    return out
 
 
 def _row(sample: Sample, train_on: Literal["sampled", "demo"]) -> _Row:

@@ -273,16 +273,18 @@ class Learner:
                 metrics.add({name: value / tokens})
 
     def _current(self, mini: Rollout) -> Forward:
-        """Log-probs of a mini-batch under the weights as they are now, without gradient, on all ranks."""
-        logp = torch.zeros(mini.batch.n_tokens, dtype=self.dtype)
+        """What the objective asks to know of a mini-batch under the weights as they are now, without gradient; on all
+        ranks."""
+        entropy = "entropy" in self.objective.current
+        out = {name: torch.zeros(mini.batch.n_tokens, dtype=self.dtype) for name in ("logp", *["entropy"] * entropy)}
         with torch.no_grad():
             for micro in self._micros(mini):
                 role = self.policy
-                now = role.logp(micro.inputs.to(role.device), micro.rollout.batch["action"].to(role.device))
-                if micro.counts:
-                    logp[mini.batch.token_index(torch.tensor(micro.rows))] = now.need("logp").to(logp)
-        self.world.sum_([logp])
-        return Forward(logp=logp)
+                now = role.logp(micro.inputs.to(role.device), micro.rollout.batch["action"].to(role.device), entropy)
+                for name, column in out.items() if micro.counts else ():
+                    column[mini.batch.token_index(torch.tensor(micro.rows))] = now.need(name).to(column)
+        self.world.sum_(list(out.values()))
+        return Forward(**out)
 
     def _verify(self, mini: Rollout, micros: Sequence[Micro], metrics: Mean) -> None:
         """Compares the ids and log-probs that enter the loss with the hashes that the engine took when sampling."""

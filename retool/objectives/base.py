@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -86,11 +86,18 @@ class AdvantageEstimator(Protocol):
     def __call__(self, batch: Batch) -> Batch: ...
 
 
+@runtime_checkable
+class Remembering(Protocol):
+    """An estimator that also learns from rollout to rollout: called in the place of `__call__`, with the state."""
+
+    def estimate(self, batch: Batch, state: ObjectiveState) -> tuple[Batch, ObjectiveState]: ...
+
+
 class TokenSelector(Protocol):
     """Once an optimiser step: which tokens of the mini-batch a term looks at. Selectors compose by AND.
 
-    `rule`: whether what it drops leaves the denominator (`kept`) or stays in it (`all_act`). `current`: it needs the
-    log-probs of the weights as they are now, so the learner makes a pass without gradient first.
+    `rule`: whether what it drops leaves the denominator (`kept`) or stays in it (`all_act`). `current`: which of
+    logp, entropy it needs of the weights as they are now; the learner then makes a pass without gradient first.
     """
 
     @property
@@ -98,10 +105,19 @@ class TokenSelector(Protocol):
     @property
     def reads(self) -> frozenset[str]: ...
     @property
-    def current(self) -> bool: ...
+    def current(self) -> frozenset[str]: ...
 
     def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
-        """[N] bool, a subset of `mask`."""
+        """[N] bool, a subset of `mask`: the action tokens that filters and rejections have left in the loss."""
+        ...
+
+
+@runtime_checkable
+class Early(Protocol):
+    """A selector that looks at the whole rollout first."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with what `__call__` will read."""
         ...
 
 
@@ -129,8 +145,8 @@ class Term(Protocol):
         ...
 
     @property
-    def current(self) -> bool:
-        """Whether `plan` needs current log-probs."""
+    def current(self) -> frozenset[str]:
+        """Which of logp, entropy `plan` needs of the current weights."""
         ...
 
     def plan(

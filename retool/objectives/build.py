@@ -10,6 +10,7 @@ from retool.objectives.aggregate import Aggregation
 from retool.objectives.base import (
     AdvantageEstimator,
     Critic,
+    GroupFilter,
     KlPenalty,
     OffPolicy,
     Reference,
@@ -17,13 +18,30 @@ from retool.objectives.base import (
     Term,
     TokenSelector,
 )
-from retool.objectives.estimators import Gae, GroupRelative, LengthAdaptive, NoAdvantage, Raw
-from retool.objectives.filters import AccuracyFilter
+from retool.objectives.estimators import (
+    Gae,
+    GroupRelative,
+    LengthAdaptive,
+    NoAdvantage,
+    Ones,
+    Raw,
+    Returns,
+    TurnReturns,
+)
+from retool.objectives.filters import AccuracyFilter, Filters, ResampleOnCorrect, SampleMask
 from retool.objectives.objective import Objective
 from retool.objectives.presets import find_preset
-from retool.objectives.selectors import EntropyQuantile, LowProbability, RandomTokens
+from retool.objectives.selectors import (
+    ClipCovariance,
+    EntropyQuantile,
+    LowProbability,
+    OffPolicyMask,
+    RandomTokens,
+    TopCovariance,
+)
 from retool.objectives.terms import EntropyTerm, KlTerm, NllTerm, PairTerm, PolicyTerm, ValueTerm
-from retool.objectives.validate import validate
+from retool.objectives.tracker import Tracker
+from retool.objectives.validate import const_length, validate
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -33,10 +51,10 @@ def build_objective(recipe: Recipe) -> Objective:
     objective = Objective(
         name=o.preset,
         structure=Structure(o.structure),
-        filter=AccuracyFilter(o.filter.kind),
+        filter=_filter(o, recipe.seed),
         advantage=_advantage(o),
-        select=tuple(_selector(s, recipe.seed) for s in o.select),
-        terms=_terms(o),
+        select=tuple(_selector(s, o, recipe.seed) for s in o.select),
+        terms=_terms(o, const_length(recipe)),
         off_policy=OffPolicy(
             old=o.off_policy.old,
             weight=o.off_policy.weight,
@@ -74,8 +92,19 @@ def _skip_scoring(objective: Objective, recipe: Recipe) -> Objective:
     return objective
 
 
-def _aggregation(o: ObjectiveConfig, mode: AggregationName | None = None) -> Aggregation:
-    return Aggregation(mode or o.aggregation.mode, o.aggregation.const_length)
+def _aggregation(o: ObjectiveConfig, length: int | None, mode: AggregationName | None = None) -> Aggregation:
+    return Aggregation(mode or o.aggregation.mode, length)
+
+
+def _filter(o: ObjectiveConfig, seed: int) -> GroupFilter:
+    """Groups first, then the resampling inside them, then single samples."""
+    f = o.filter
+    parts: list[GroupFilter] = [AccuracyFilter(f.kind, f.groups)]
+    if f.roc is not None:
+        parts.append(ResampleOnCorrect(f.roc, seed))
+    if f.positives or f.void != "keep" or f.overlong != "keep":
+        parts.append(SampleMask(f.positives, f.void != "keep", f.overlong != "keep", f.overlong_in_baseline))
+    return parts[0] if len(parts) == 1 else Filters(tuple(parts))
 
 
 def _advantage(o: ObjectiveConfig) -> AdvantageEstimator:
@@ -83,37 +112,57 @@ def _advantage(o: ObjectiveConfig) -> AdvantageEstimator:
     if a.kind == "gae":
         lam = LengthAdaptive(a.lam.alpha, a.lam.min, a.lam.max) if isinstance(a.lam, LambdaConfig) else a.lam
         return Gae(a.gamma, lam, a.lam_value, a.whiten, a.whiten_var == "unbiased", a.bootstrap_on_truncation)
+    if a.kind == "returns":
+        return Returns(a.gamma, a.baseline == "group", a.whiten, a.whiten_var == "unbiased")
+    if a.kind == "turns":
+        return TurnReturns(a.gamma, a.std, a.eps)
+    if a.kind == "tracker":
+        return Tracker(o.tracker.min_keep, o.tracker.max_keep, o.tracker.half_life, a.eps)
     if a.kind == "raw":
         return Raw()
+    if a.kind == "ones":
+        return Ones()
     if a.kind == "none":
         return NoAdvantage()
     return GroupRelative(a.kind, a.std, a.eps)
 
 
-def _selector(s: SelectConfig, seed: int) -> TokenSelector:
+def _selector(s: SelectConfig, o: ObjectiveConfig, seed: int) -> TokenSelector:
     if s.kind == "entropy":
-        return EntropyQuantile(s.share, s.side, s.denominator)
+        return EntropyQuantile(s.share, s.side, s.denominator, s.scope, s.source)
     if s.kind == "low_probability":
         return LowProbability(s.below, s.denominator)
+    if s.kind == "off_policy":
+        return OffPolicyMask(s.delta, s.denominator)
+    if s.kind == "clip_cov":
+        clip = (o.policy.clip_low, o.policy.clip_high)
+        return ClipCovariance(s.share, s.low, s.high, *clip, seed, s.denominator, s.source)
     return RandomTokens(s.share, seed, s.denominator)
 
 
-def _terms(o: ObjectiveConfig) -> tuple[Term, ...]:
+def _terms(o: ObjectiveConfig, length: int | None) -> tuple[Term, ...]:
     terms: list[Term] = []
-    agg = _aggregation(o)
+    agg = _aggregation(o, length)
     if o.policy.kind != "none":
         terms.append(
             PolicyTerm(
                 aggregation=agg,
+                kind=o.policy.kind,
                 clip_low=o.policy.clip_low,
                 clip_high=o.policy.clip_high,
                 dual_clip=o.policy.dual_clip,
+                cap=o.policy.cap,
+                tau_pos=o.policy.tau_pos,
+                tau_neg=o.policy.tau_neg,
                 ratio=o.policy.ratio,
                 rejection=o.off_policy.denominator,
             )
         )
+    if o.kl_cov.coef:
+        top = TopCovariance(o.kl_cov.share, source=o.kl_cov.source)
+        terms.append(KlTerm("kl_cov", o.kl_cov.coef, agg, (top,), estimator=o.kl_cov.form, against="logp_old"))
     if o.kl.place == "loss":
-        kl_agg = _aggregation(o, o.kl.aggregation)
+        kl_agg = _aggregation(o, length, o.kl.aggregation)
         terms.append(KlTerm(coef=o.kl.beta, aggregation=kl_agg, estimator=o.kl.estimator))
     if o.entropy_coef:
         terms.append(EntropyTerm(coef=o.entropy_coef, aggregation=agg))

@@ -20,11 +20,13 @@ from retool.objectives.base import (
     SCORES,
     AdvantageEstimator,
     Critic,
+    Early,
     GroupFilter,
     KlPenalty,
     ObjectiveState,
     OffPolicy,
     Reference,
+    Remembering,
     Structure,
     Term,
     TokenSelector,
@@ -84,13 +86,14 @@ class Objective:
     @property
     def early_old(self) -> bool:
         """Whether something before the loss reads the old log-probs, so that they cannot come from the loss pass."""
-        selectors = any("logp_old" in s.reads for s in self.select)
+        every = (*self.select, *(s for t in self.terms for s in getattr(t, "select", ())))
+        selectors = any("logp_old" in s.reads and not s.current for s in every)
         return self.off_policy.active or self.kl.place == "reward" or self.kl.target is not None or selectors
 
     @property
-    def current(self) -> bool:
-        """Whether `finalize` needs the log-probs of the current weights."""
-        return any(t.current for t in self.terms) or any(s.current for s in self.select)
+    def current(self) -> frozenset[str]:
+        """Which of logp, entropy `finalize` needs of the current weights."""
+        return frozenset().union(*(t.current for t in self.terms), *(s.current for s in self.select))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -113,7 +116,12 @@ class Objective:
                 batch = batch.with_tokens(critic_value=batch["value"] * std + mean)
                 if "bootstrap" in batch:
                     batch = batch.with_samples(critic_bootstrap=batch["bootstrap"] * std + mean)
-            batch = self.advantage(batch)
+            if isinstance(self.advantage, Remembering):
+                batch, state = self.advantage.estimate(batch, state)
+            else:
+                batch = self.advantage(batch)
+            for selector in self.select:
+                batch = selector.prepare(batch) if isinstance(selector, Early) else batch
             if self.critic is not None:
                 batch, state = self._targets(batch, state, self.critic, metrics)
             if "advantage" in batch and bool(batch["action"].any()):
