@@ -169,8 +169,8 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         yield "objective.advantage.lam.alpha is small for such short responses: lambda is below 0.5; raise alpha"
     if o.advantage.kind in ("raw", "std") and not o.filter.positives and recipe.reward.wrong == 0:
         yield (
-            f"reward.wrong=0 with advantage.kind={o.advantage.kind}: wrong answers have no gradient, only right ones are "
-            "learnt from; the papers use reward.correct=1 reward.wrong=-1"
+            f"reward.wrong=0 with advantage.kind={o.advantage.kind}: wrong answers have no gradient, only right ones "
+            "are learnt from; the papers use reward.correct=1 reward.wrong=-1"
         )
     if o.train_on == "sampled" and (rollout.top_p < 1 or rollout.top_k > 0):
         yield (
@@ -198,4 +198,4 @@ def _step_warnings(recipe: Recipe) -> Iterator[str]:
     if any(s.kind == "off_policy" for s in o.select) and steps == 1 and at_once:
         yield "objective.select kind=off_policy has no effect with one optimiser step a rollout"
     if o.policy.kind == "plain" and steps > 1 and not o.filter.positives:
-        yield "objective.policy.kind=plain has no ratio: of several optimiser steps a rollout only the first is on-policy"
+        yield "objective.policy.kind=plain has no ratio: of several optimiser steps only the first is on-policy"
