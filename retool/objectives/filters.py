@@ -77,14 +77,16 @@ class SampleMask:
         if not len(batch):
             return batch, {}
         metrics: dict[str, float] = {}
-        for name, active, leaves in (
-            ("wrong", self.positives, batch["accuracy"] <= 0.5),
-            ("void", self.void, batch["void"]),
-            ("overlong", self.overlong, batch["truncated"]),
-        ):
-            if active:
-                batch = batch.with_samples(in_loss=batch["in_loss"] & ~leaves)
-                metrics[f"filter/{name}"] = float(leaves.double().mean())
+        leaving: dict[str, Tensor] = {}
+        if self.positives:
+            leaving["wrong"] = batch["accuracy"] <= 0.5
+        if self.void:
+            leaving["void"] = batch["void"]
+        if self.overlong:
+            leaving["overlong"] = batch["truncated"]
+        for name, leaves in leaving.items():
+            batch = batch.with_samples(in_loss=batch["in_loss"] & ~leaves)
+            metrics[f"filter/{name}"] = float(leaves.double().mean())
         if self.overlong and not self.in_baseline:
             batch = batch.with_samples(in_baseline=batch["in_baseline"] & ~batch["truncated"])
         return batch, metrics
