@@ -14,12 +14,13 @@ from retool.models import load_tokenizer
 from tests.learner.build_runs import keeper, losses, model, objective, recipe, rollout_for
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, names: list[str], whole_only: list[str]) -> None:
+    """`names` with whole and with sharded networks, `whole_only` with whole ones."""
     torch.set_num_threads(1)
     world = World.from_env()
     assert world.size == 2
     for shard in ("none", "fsdp"):
-        for name in names:
+        for name in (*names, *whole_only) if shard == "none" else names:
             learner = keeper(name, folder, world, micro_samples=4, shard=shard)
             metrics = learner.step(rollout_for(name))
             values = {f"value/{k}": torch.tensor(v, dtype=torch.float64) for k, v in losses(metrics).items()}
@@ -43,4 +44,4 @@ def resumed(shard: str, folder: Path, world: World) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(","))
