@@ -227,15 +227,45 @@ class OffPolicyConfig(Section):
 class ReferenceConfig(Section):
     """The policy that KL terms and pairs compare with."""
 
-    kind: Literal["none", "frozen"] = "none"
-    """`frozen`: the weights that training started from."""
+    kind: Literal["none", "frozen", "ema", "hard", "mix"] = "none"
+    """`frozen`: the weights that training started from. `ema`: it follows the policy slowly. `hard`: it becomes the
+    policy every so often. `mix`: it jumps part of the way every so often."""
+    eta: float = Field(0.001, gt=0, le=1)
+    """Of `ema`: the policy's share in each move."""
+    alpha: float = Field(0.6, gt=0, le=1)
+    """Of `mix`: the policy's share in each move."""
+    every: int | None = Field(None, ge=1)
+    """Updates (or rollouts, see `after`) between two moves; default: 1 for `ema`, 400 for `hard`, 512 for `mix`."""
+    after: Literal["update", "rollout"] = "update"
+    """What `every` counts: optimiser steps of the policy, or rollouts it learnt from."""
+
+
+class PretrainConfig(Section):
+    """A phase before the first step: the policy is frozen and only the critic learns, from Monte-Carlo returns."""
+
+    steps: int = Field(0, ge=0)
+    """Most rollouts of the phase; 0 leaves it out."""
+    min_explained_variance: float = Field(0.5, le=1)
+    """The phase may end early once the held-out explained variance has reached this; 1: it takes all its steps."""
+    patience: int = Field(3, ge=1)
+    """It then ends after so many evaluations in a row that did not improve on the best one."""
+    every: int = Field(5, ge=1)
+    """Rollouts between two evaluations (and checkpoints) of the critic."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the problems that this phase never trains on; at most `rollout.prompts` of them are sampled, once."""
 
 
 class CriticConfig(Section):
     """The value network."""
 
-    kind: Literal["none", "policy"] = "none"
-    """`policy`: a copy of the policy's backbone with a fresh scalar head."""
+    kind: Literal["none", "policy", "reward_model", "checkpoint"] = "none"
+    """What it starts from. `policy`: a copy of the policy's backbone with a fresh scalar head. `reward_model`: what
+    `retool sft` with `sft.head` made. `checkpoint`: a saved critic (`RUN/critic`) or a learner checkpoint that holds
+    one (`RUN/checkpoints/N`)."""
+    path: str | None = None
+    """Folder of the reward model or checkpoint."""
+    lr_factor: float = Field(2.0, gt=0)
+    """Critic learning rate as a multiple of `learner.lr`, where `learner.critic_lr` is not set."""
     value_clip: float | None = Field(0.2, gt=0)
     """Clip of the value around its old output; null is off."""
     normalise: bool = False
@@ -244,6 +274,19 @@ class CriticConfig(Section):
     """Decay of those moments, a rollout."""
     warmup: int = Field(0, ge=0)
     """Rollouts at the start in which only the critic learns."""
+    pretrain: PretrainConfig = PretrainConfig()
+    """Value pretraining before the first step."""
+
+
+class PtxConfig(Section):
+    """Imitation of cold-start traces beside RL, in the same optimiser step."""
+
+    coef: float = Field(0.0, ge=0)
+    """Weight of the term; 0 is off."""
+    data: str | None = None
+    """JSONL of traces; default: the traces of the `sft` section."""
+    batch: int = Field(32, ge=1)
+    """Traces an optimiser step."""
 
 
 class ObjectiveConfig(Section):
@@ -283,3 +326,7 @@ class ObjectiveConfig(Section):
     """The reference policy."""
     critic: CriticConfig = CriticConfig()
     """The value network."""
+    reward_clip: float | None = Field(None, gt=0)
+    """Scores are cut to ±this before a KL is added; null is off."""
+    ptx: PtxConfig = PtxConfig()
+    """Imitation of traces beside RL."""

@@ -261,12 +261,18 @@ class DataConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning on traces."""
 
+    head: Literal["language", "pairwise", "pointwise"] = "language"
+    """`language`: the policy imitates traces. `pairwise` and `pointwise`: a reward model (a scalar head) learns to
+    tell right solutions from wrong ones, by pairs or one by one; see docs/objectives.md."""
     data: str | None = None
-    """JSONL of traces; default: what `retool data generate` wrote for this recipe."""
+    """JSONL of traces; default: what `retool data generate` wrote for this recipe. Of a reward model: JSONL of
+    labelled traces or a run folder with rollouts; default: this recipe's run."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the problems on which a reward model is judged and never trained."""
     steps: int = Field(250, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(128, ge=1)
-    """Traces a step."""
+    """Traces (or pairs) a step."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"

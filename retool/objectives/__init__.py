@@ -2,6 +2,7 @@
 
 from retool.objectives.aggregate import Aggregation
 from retool.objectives.base import (
+    Aside,
     Critic,
     KlPenalty,
     ObjectiveError,
@@ -22,6 +23,7 @@ from retool.objectives.validate import validate
 __all__ = [
     "PRESETS",
     "Aggregation",
+    "Aside",
     "Atom",
     "Batch",
     "Critic",

@@ -205,17 +205,34 @@ class KlPenalty:
 
 @dataclass(frozen=True)
 class Reference:
-    """The policy that KL terms and pairs compare with; `frozen`: the weights that training started from."""
+    """The policy that KL terms and pairs compare with (A §2.1, A.7).
 
-    kind: Literal["frozen"] = "frozen"
+    `frozen`: the weights that training started from. Every `every` moves (optimiser steps of the policy, or rollouts:
+    `after`) the others become share · policy + (1 - share) · reference; `hard` has share 1.
+    """
+
+    kind: Literal["frozen", "ema", "hard", "mix"] = "frozen"
+    share: float = 1.0
+    every: int = 1
+    after: Literal["update", "rollout"] = "update"
 
 
 @dataclass(frozen=True)
 class Critic:
     """A value network. `normalise`: it predicts returns in units of their moving moments. `warmup`: rollouts in which
-    only the critic learns."""
+    only the critic learns. `lr_factor`: its learning rate as a multiple of the policy's."""
 
     normalise: bool = False
     decay: float = 0.99995
     eps: float = 1e-5
     warmup: int = 0
+    lr_factor: float = 2.0
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A term on data of its own beside the rollout's: `batch` demonstrations an optimiser step, own denominator, own
+    micro-batches, the same step of the optimiser. Log-probs are taken at temperature 1."""
+
+    term: Term
+    batch: int

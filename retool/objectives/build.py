@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from retool.config import Recipe
-from retool.config.objective import AggregationName, LambdaConfig, ObjectiveConfig, SelectConfig
+from retool.config.objective import (
+    AggregationName,
+    CriticConfig,
+    LambdaConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    SelectConfig,
+)
 from retool.objectives.aggregate import Aggregation
 from retool.objectives.base import (
     AdvantageEstimator,
+    Aside,
     Critic,
     GroupFilter,
     KlPenalty,
@@ -72,11 +80,13 @@ def build_objective(recipe: Recipe) -> Objective:
             target=o.kl.target if o.kl.controller == "adaptive" else None,
             horizon=o.kl.horizon,
         ),
-        reference=Reference("frozen") if o.reference.kind == "frozen" else None,
-        critic=Critic(o.critic.normalise, o.critic.decay, warmup=o.critic.warmup) if o.critic.kind != "none" else None,
+        reference=_reference(o.reference),
+        critic=_critic(o.critic),
         filter_rule=o.filter.denominator,
         train_on=o.train_on,
         temperature=1.0 if o.train_on == "demo" else recipe.rollout.temperature,
+        reward_clip=o.reward_clip,
+        aside=Aside(NllTerm("ptx", o.ptx.coef), o.ptx.batch) if o.ptx.coef else None,
     )
     compose = find_preset(o.preset).compose
     objective = objective if compose is None else compose(objective)
@@ -125,6 +135,17 @@ def _advantage(o: ObjectiveConfig) -> AdvantageEstimator:
     if a.kind == "none":
         return NoAdvantage()
     return GroupRelative(a.kind, a.std, a.eps)
+
+
+def _reference(r: ReferenceConfig) -> Reference | None:
+    if r.kind == "none":
+        return None
+    share, every = {"ema": (r.eta, 1), "mix": (r.alpha, 512), "hard": (1.0, 400), "frozen": (1.0, 1)}[r.kind]
+    return Reference(r.kind, share, r.every or every, r.after)
+
+
+def _critic(c: CriticConfig) -> Critic | None:
+    return None if c.kind == "none" else Critic(c.normalise, c.decay, warmup=c.warmup, lr_factor=c.lr_factor)
 
 
 def _selector(s: SelectConfig, o: ObjectiveConfig, seed: int) -> TokenSelector:

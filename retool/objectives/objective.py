@@ -19,6 +19,7 @@ from retool.objectives.aggregate import Rule
 from retool.objectives.base import (
     SCORES,
     AdvantageEstimator,
+    Aside,
     Critic,
     Early,
     GroupFilter,
@@ -32,6 +33,7 @@ from retool.objectives.base import (
     TokenSelector,
 )
 from retool.objectives.batch import Batch, Forward
+from retool.objectives.estimators import NoAdvantage
 from retool.objectives.filters import AccuracyFilter
 from retool.objectives.kl import adapt_beta, kl_estimate
 from retool.objectives.off_policy import importance
@@ -55,7 +57,8 @@ class Finalized:
 @dataclass(frozen=True)
 class Objective:
     """See the module. `train_on`: `sampled` tokens, or also `demo` tokens (imitation). `temperature`: at which
-    log-probs are taken. `filter_rule`: whether samples out of the loss leave the denominators."""
+    log-probs are taken. `filter_rule`: whether samples out of the loss leave the denominators. `reward_clip`: bound of
+    |score|. `aside`: a term on demonstrations beside the rollout (PTX)."""
 
     name: str
     advantage: AdvantageEstimator
@@ -70,6 +73,15 @@ class Objective:
     filter_rule: Rule = "kept"
     train_on: Literal["sampled", "demo"] = "sampled"
     temperature: float = 1.0
+    reward_clip: float | None = None
+    aside: Aside | None = None
+
+    @property
+    def beside(self) -> Objective | None:
+        """The objective of the term on demonstrations, which is imitation and nothing else."""
+        if self.aside is None:
+            return None
+        return Objective(self.aside.term.name, NoAdvantage(), (self.aside.term,), train_on="demo")
 
     @property
     def scores(self) -> frozenset[str]:
@@ -106,6 +118,8 @@ class Objective:
         """Adds `advantage` (and `target`, off-policy columns, ...) to a scored rollout. Detached throughout."""
         metrics: dict[str, float] = {}
         with torch.no_grad():
+            if self.reward_clip is not None:
+                batch = batch.with_samples(score=batch["score"].clamp(-self.reward_clip, self.reward_clip))
             if self.off_policy.old == "rollout":
                 batch = batch.with_tokens(logp_old=batch["logp_rollout"])
             if self.off_policy.active:

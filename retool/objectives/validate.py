@@ -58,8 +58,12 @@ def _advantage_errors(recipe: Recipe) -> Iterator[str]:
         yield "objective.advantage.bootstrap_on_truncation needs a critic: advantage.kind=gae"
     if isinstance(o.advantage.lam, float) and not 0 <= o.advantage.lam <= 1:
         yield f"objective.advantage.lam={o.advantage.lam} must be in [0, 1]"
-    if o.critic.kind == "none" and (o.critic.normalise or o.critic.warmup):
-        yield "objective.critic.normalise and .warmup need objective.critic.kind=policy"
+    if o.critic.kind == "none" and (o.critic.normalise or o.critic.warmup or o.critic.pretrain.steps):
+        yield "objective.critic.normalise, .warmup and .pretrain need a critic: objective.critic.kind=policy"
+    if o.critic.kind in ("reward_model", "checkpoint") and o.critic.path is None:
+        yield f"objective.critic.kind={o.critic.kind} needs objective.critic.path: the folder to load"
+    if o.critic.kind in ("none", "policy") and o.critic.path is not None:
+        yield "objective.critic.path needs objective.critic.kind=reward_model or checkpoint"
 
 
 def _filter_errors(recipe: Recipe) -> Iterator[str]:
@@ -124,6 +128,8 @@ def _loss_errors(recipe: Recipe) -> Iterator[str]:
         yield "objective.pair takes no advantages: set objective.policy.kind=none"
     if o.structure == "pairs" and not o.pair.coef:
         yield "objective.structure=pairs needs objective.pair.coef > 0"
+    if o.ptx.coef and o.train_on == "demo":
+        yield "objective.ptx adds imitation to RL: train_on=demo is imitation already"
     if o.train_on == "demo" and o.policy.kind != "none":
         yield "objective.train_on=demo has no sampling log-probs: a policy gradient needs train_on=sampled"
 

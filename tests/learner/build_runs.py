@@ -34,7 +34,7 @@ from retool.records import TrainSample
 from retool.transcript import Sample, Span, Transcript, digest_tokens
 
 TINY = TinyModelConfig(hidden=16, layers=2, heads=2, intermediate=32, context=96)
-PRESET_NAMES = ("sft", "grpo", "ppo_rlhf", "gspo", "kl_cov")
+PRESET_NAMES = ("sft", "grpo", "ppo_rlhf", "vapo", "gspo", "kl_cov")
 """Presets that every test runs; those of `test_invariance` run all."""
 PROOFS = ("dpo", "gae", "spo_mix")
 WIDE: dict[str, Any] = {"geo_rs": {"off_policy": {"reject": "geo", "low": 0.1, "high": 10.0, "denominator": "kept"}}}
@@ -159,6 +159,19 @@ def keeper(name: str, out: Path, world: World | None = None, **learner: Any) -> 
     made = GradientKeeper.create(base, objective(name, out), model(), load_tokenizer(base.model), world=world)
     assert isinstance(made, GradientKeeper)
     return made
+
+
+def busy_ppo(out: Path, world: World | None = None, dtype: torch.dtype = torch.float64, **learner: Any) -> Learner:
+    """PPO with everything that lives beside the rollout: a reference that moves and imitation of demonstrations."""
+    changes = {
+        "reference": {"kind": "ema", "eta": 0.3},
+        "kl": {"place": "reward", "estimator": "k1", "beta": 0.5},
+        "critic": {"kind": "policy", "normalise": True},
+        "ptx": {"coef": 0.05, "batch": 3},
+    }
+    base = recipe("ppo_rlhf", out, learner=learner, objective=changes)
+    tokenizer, demos = load_tokenizer(base.model), samples(groups=2, size=2, seed=7, demo=True)
+    return Learner.create(base, build_objective(base), model(dtype=dtype), tokenizer, world=world, demos=demos)
 
 
 def losses(metrics: dict[str, float]) -> dict[str, float]:

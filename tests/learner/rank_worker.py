@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from retool.learner import Learner, World
-from retool.models import load_tokenizer
-from tests.learner.build_runs import keeper, losses, model, objective, recipe, rollout_for
+from retool.learner import World
+from retool.learner.checkpoint import module_tensors
+from tests.learner.build_runs import busy_ppo, keeper, losses, rollout_for
 
 
 def main(folder: Path, names: list[str], whole_only: list[str]) -> None:
@@ -31,9 +31,8 @@ def main(folder: Path, names: list[str], whole_only: list[str]) -> None:
 
 def resumed(shard: str, folder: Path, world: World) -> None:
     """Two steps with a checkpoint in between; the second one again from the checkpoint. Saves both policies."""
-    base = recipe("ppo_rlhf", folder, learner={"shard": shard})
     for name in ("whole", "resumed"):
-        made = Learner.create(base, objective("ppo_rlhf", folder), model(), load_tokenizer(base.model), world=world)
+        made = busy_ppo(folder, world, shard=shard)
         if name == "whole":
             made.step(rollout_for("ppo_rlhf", 1))
             made.save(folder / f"checkpoint-{shard}")
@@ -41,6 +40,10 @@ def resumed(shard: str, folder: Path, world: World) -> None:
             made.load(folder / f"checkpoint-{shard}")
         made.step(rollout_for("ppo_rlhf", 2))
         made.save_model(folder / f"{shard}-{name}")
+        reference = module_tensors(made.roles["reference"].module)
+        if world.rank == 0:
+            save_file(reference, folder / f"{shard}-{name}-reference.safetensors")
+    made.save_critic(folder / f"critic-{shard}")
 
 
 if __name__ == "__main__":

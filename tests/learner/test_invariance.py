@@ -13,19 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from retool.learner import Learner
-from retool.models import load_tokenizer
+from retool.learner.checkpoint import module_tensors
+from retool.learner.value_model import read_value_model
 from retool.objectives import PRESETS
-from tests.learner.build_runs import (
-    PRESET_NAMES,
-    PROOFS,
-    keeper,
-    losses,
-    model,
-    objective,
-    recipe,
-    rollout_for,
-)
+from tests.learner.build_runs import PRESET_NAMES, PROOFS, busy_ppo, keeper, losses, rollout_for
 
 CORE = (*PRESET_NAMES, *PROOFS)
 REST = tuple(name for name in PRESETS if name not in CORE)
@@ -105,17 +96,24 @@ def test_two_ranks(name: str, shard: str, two_ranks: Path, tmp_path: Path) -> No
 
 
 def test_two_ranks_train_save_and_resume(two_ranks: Path, tmp_path: Path) -> None:
-    """Replicated or sharded, undisturbed or resumed: one policy comes out, and it is the one of a single process."""
-    base = recipe("ppo_rlhf", tmp_path)
-    alone = Learner.create(base, objective("ppo_rlhf", tmp_path), model(), load_tokenizer(base.model))
+    """Replicated or sharded, undisturbed or resumed, with a moving reference and imitation beside: one policy and one
+    reference come out, and they are those of a single process."""
+    alone = busy_ppo(tmp_path)
+    start = {k: v.clone() for k, v in module_tensors(alone.roles["reference"].module).items()}
     for seed in (1, 2):
         alone.step(rollout_for("ppo_rlhf", seed))
-    expected = alone.full_weights()
+    expected, reference = alone.full_weights(), module_tensors(alone.roles["reference"].module)
+    assert any(float((start[k] - v).abs().max()) > 1e-4 for k, v in reference.items())
     for shard in ("none", "fsdp"):
         whole = load_file(two_ranks / f"{shard}-whole" / "model.safetensors")
         assert_same(whole, load_file(two_ranks / f"{shard}-resumed" / "model.safetensors"))
         assert_same({k: expected[k] for k in whole}, whole)
-    other = Learner.create(base, objective("ppo_rlhf", tmp_path), model(), load_tokenizer(base.model))
+        for name in ("whole", "resumed"):
+            assert_same(reference, load_file(two_ranks / f"{shard}-{name}-reference.safetensors"))
+        critic, moments = read_value_model(two_ranks / f"critic-{shard}", alone.policy.model)
+        assert_same(module_tensors(alone.roles["critic"].module), module_tensors(critic))
+        assert moments["value_weight"] > 0
+    other = busy_ppo(tmp_path)
     other.load(two_ranks / "checkpoint-fsdp")
     other.step(rollout_for("ppo_rlhf", 2))
     assert_same(expected, other.full_weights())
