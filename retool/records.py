@@ -41,7 +41,11 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """`accuracy` is what a filter reads (None = the verifier could not decide), `score` what is optimised."""
+    """`accuracy` is what a filter reads (None = the verifier could not decide), `score` what is optimised.
+
+    `turn_rewards`: where rewards are given by turns, one figure for each turn of the policy; together with `score` on
+    the last turn they are what each turn earned. Without discount they add up to 0. Otherwise empty.
+    """
 
     accuracy: float | None
     score: float
@@ -49,6 +53,7 @@ class RewardResult:
     flags: tuple[str, ...] = ()
     verifier: str = ""
     answer: str | None = None
+    turn_rewards: tuple[float, ...] = ()
 
 
 @dataclass
@@ -106,3 +111,4 @@ class TrainSample:
     in_baseline: bool = True
     in_loss: bool = True
     truncated: bool = False
+    turn_rewards: tuple[float, ...] = ()  # see RewardResult

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from retool.config import Recipe
 from retool.config.objective import LambdaConfig
+from retool.config.reward import reward_errors, reward_warnings
 from retool.objectives.base import ObjectiveError
 from retool.objectives.presets import find_preset
 
@@ -25,6 +26,7 @@ def _errors(recipe: Recipe) -> Iterator[str]:
     yield from _loss_errors(recipe)
     yield from _leash_errors(recipe)
     yield from _off_policy_errors(recipe)
+    yield from reward_errors(recipe)
 
 
 def _advantage_errors(recipe: Recipe) -> Iterator[str]:
@@ -103,6 +105,7 @@ def _off_policy_errors(recipe: Recipe) -> Iterator[str]:
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
     o, rollout = recipe.objective, recipe.rollout
+    yield from reward_warnings(recipe)
     if o.advantage.whiten and o.advantage.kind in GROUP_KINDS:
         yield "objective.advantage.whiten is ignored: group advantages are normalised already"
     if isinstance(o.advantage.lam, LambdaConfig) and rollout.max_tokens < 2 / o.advantage.lam.alpha:
