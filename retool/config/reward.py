@@ -34,7 +34,9 @@ class FormatConfig(Section):
     @model_validator(mode="after")
     def _tags_are_tags(self) -> FormatConfig:
         flat = [t for pair in self.tags for t in pair]
-        if not flat or any(not t.strip() for t in flat) or any(a in b for a in flat for b in flat if a is not b):
+        if not flat or any(not t.strip() for t in flat) or any(
+            a in b for i, a in enumerate(flat) for j, b in enumerate(flat) if i != j
+        ):
             raise ValueError(f"tags must be given, differ, and not contain one another: {flat}")
         return self
 
