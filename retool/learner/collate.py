@@ -56,8 +56,8 @@ class Rollout:
 
 def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"], dtype: torch.dtype) -> Rollout:
     """Rows in the order of their ids, so that the order of arrival changes nothing. Raises `ValueError` for no samples
-    or a repeated id. Token columns: `action, logp_rollout, turn, kind, segment,
-    turn_reward`; sample columns: as in `TrainSample`.
+    or a repeated id. Token columns: `action, logp_rollout, turn, kind, segment`, and
+    `turn_reward` where rewards are given by turns; sample columns: as in `TrainSample`.
     """
     if not samples:
         raise ValueError("the learner got no samples: the collector must keep at least one usable trajectory")
@@ -75,8 +75,10 @@ def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"]
         "turn": torch.from_numpy(np.concatenate([p.turn for p in parts])),
         "kind": torch.from_numpy(np.concatenate([p.kind for p in parts])),
         "segment": torch.from_numpy(np.concatenate([p.segment for p in parts])),
-        "turn_reward": torch.from_numpy(np.concatenate([_turn_reward(s, p) for s, p in zip(ordered, parts)])).to(dtype),
     }
+    if any(s.turn_rewards for s in ordered):
+        rewards = [_turn_rewards(s, p.action, p.turn) for s, p in zip(ordered, parts)]
+        tokens["turn_reward"] = torch.from_numpy(np.concatenate(rewards)).to(dtype)
     columns = {
         "index": torch.arange(len(ordered)),
         "group": torch.tensor([groups[s.group] for s in ordered]),
@@ -104,6 +106,16 @@ def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"]
     )
 
 
+def _turn_rewards(sample: TrainSample, action: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """[N] each turn's own reward on its last action token; a turn that is not trained on has none."""
+    out = np.zeros(len(action), dtype=np.float64)
+    turns = [s.turn for s in sample.sample.transcript.policy_spans]
+    for number, reward in zip(turns, sample.turn_rewards):
+        if len(where := np.flatnonzero(action & (turn == number))):
+            out[where[-1]] += reward
+    return out
+
+
 @dataclass(frozen=True)
 class _Row:
     ids: np.ndarray
@@ -114,23 +126,6 @@ class _Row:
     kind: np.ndarray
     segment: np.ndarray
     checks: list[SpanCheck]
-
-
-def _turn_reward(sample: TrainSample, row: _Row) -> np.ndarray:
-    """[n] each turn's reward on its last action token, 0 elsewhere. Raises `ValueError` when a turn has none."""
-    out = np.zeros(len(row.action), dtype=np.float64)
-    acted = np.flatnonzero(row.action)
-    if not len(acted):
-        return out
-    if not sample.turn_rewards:
-        out[acted[-1]] = sample.score
-        return out
-    last = {int(row.turn[i]): i for i in acted}
-    if max(last) >= len(sample.turn_rewards):
-        raise ValueError(f"sample {sample.id} has {len(sample.turn_rewards)} turn_rewards but acts in turn {max(last)}")
-    for turn, index in last.items():
-        out[index] = sample.turn_rewards[turn]
-    return out
 
 
 def _row(sample: Sample, train_on: Literal["sampled", "demo"]) -> _Row:

@@ -132,13 +132,13 @@ def turn_segments(batch: Batch) -> tuple[Tensor, Tensor]:
 
 def turn_returns(batch: Batch, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     """Discounted returns of turns, G_k = Σ_j γ^(j-k) r_j (GTPO, 2511.14846): ([S] returns, [S] row of each turn,
-    [N] turn of each token). r_k is the sum of the turn's `turn_reward`, in which the outcome is contained; without
-    that column the score is the reward of the last turn. A KL in the reward is added."""
+    [N] turn of each token). r_k is the turn's own `turn_reward` where there is that column, the last turn's also the
+    score; a KL in the reward is added."""
     segment, row = turn_segments(batch)
     action = batch["action"]
     rewards = token_rewards(batch)
     if (own := batch.get("turn_reward")) is not None:
-        rewards = own + batch["kl_reward"] if "kl_reward" in batch else own
+        rewards = rewards + own
     r = torch.zeros(len(row), dtype=rewards.dtype, device=rewards.device).index_add(0, segment[action], rewards[action])
     counts = torch.bincount(row, minlength=len(batch))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device=row.device), torch.cumsum(counts, 0)])

@@ -133,8 +133,9 @@ class Returns:
 class TurnReturns:
     """One advantage a turn: its discounted return, normalised over all turns of the group (GTPO, 2511.14846).
 
-    Reads the token column `turn_reward` (each turn's reward on its last action token, the outcome in the last turn's)
-    where there is one, else the score. Turn-aware: the number of turns matters, their length does not.
+    Reads the score (the last turn's reward) and, where there is one, the token column `turn_reward` (each turn's own
+    reward on its last action token; `reward.turns` fills it). Turn-aware: the number of turns matters, their length
+    does not.
     """
 
     gamma: float = 0.9

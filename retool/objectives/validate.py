@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from retool.config import Recipe
 from retool.config.objective import LambdaConfig
+from retool.config.reward import reward_errors, reward_warnings
 from retool.objectives.base import ObjectiveError
 from retool.objectives.presets import find_preset
 
@@ -36,6 +37,7 @@ def _errors(recipe: Recipe) -> Iterator[str]:
     yield from _select_errors(recipe)
     yield from _leash_errors(recipe)
     yield from _off_policy_errors(recipe)
+    yield from reward_errors(recipe)
 
 
 def _advantage_errors(recipe: Recipe) -> Iterator[str]:
@@ -167,6 +169,7 @@ def _off_policy_errors(recipe: Recipe) -> Iterator[str]:
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
     o, rollout = recipe.objective, recipe.rollout
+    yield from reward_warnings(recipe)
     if o.advantage.whiten and o.advantage.kind not in WHITENED:
         yield "objective.advantage.whiten is ignored: group advantages are normalised already"
     if o.advantage.gamma < 1 and o.advantage.kind not in DISCOUNTED:

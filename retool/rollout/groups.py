@@ -50,7 +50,7 @@ def to_sample(trajectory: Trajectory) -> TrainSample:
         void=VOID in trajectory.flags,
         truncated=trajectory.status.startswith("truncated"),
         problem=trajectory.problem.id,
-        turn_rewards=getattr(reward, "turn_rewards", ()),
+        turn_rewards=reward.turn_rewards,
         tool_calls=len(trajectory.tool_calls),
         format_penalty=format_penalty(trajectory),
     )

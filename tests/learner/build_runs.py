@@ -95,7 +95,7 @@ def samples(
                     tool_calls=i % 2,
                     tool_error_rate=0.5 * (i % 2),
                     problem=f"problem-{g}",
-                    turn_rewards=(-0.1 * (i % 2), score),
+                    turn_rewards=(-0.1 * (i % 2), 0.1 * (i % 2)),
                 )
             )
     return out

@@ -53,7 +53,7 @@ def probe(tool: int = 0, pad: int = 0) -> Probe:
                     sampled = -rng.expovariate(1.0) - 0.01
                     old = sampled + (5e-4 * (-1) ** k if fresh else min(rng.uniform(-1.2, 1.9), -0.9 * sampled))
                     last = k == n - 1
-                    own = (2.0 * right - 1 if turn == turns - 1 else -0.1 * failed[turn]) if last else 0.0
+                    own = (0.1 * sum(failed) if turn == turns - 1 else -0.1 * failed[turn]) if last else 0.0
                     put(token=count, action=1, turn=turn, logp_rollout=sampled, logp_old=old, turn_reward=own)
                     put(logp_ref=old + rng.uniform(-0.5, 0.5), entropy=rng.uniform(0, 2), value=rng.uniform(-1, 1))
                     put(current=min(old - shift + rng.uniform(-0.4, 0.4), 0.8 * old))

@@ -254,7 +254,7 @@ def test_t10_tis_and_mis() -> None:
 
 
 def test_t10_gtpo_returns() -> None:
-    rewards = [[0.0, -0.1, 0, 0, 0.0, 0, 1.0]]
+    rewards = [[0.0, -0.1, 0, 0, 0.0, 0, 0.0]]
     batch = ragged([[1, 1, 0, 1, 1, 0, 1]], {"turn_reward": rewards}, score=[1.0])
     batch = batch.with_tokens(turn=torch.tensor([0, 0, 0, 1, 1, 1, 2]))
     returns, row, segment = turn_returns(batch, 0.9)
@@ -263,7 +263,7 @@ def test_t10_gtpo_returns() -> None:
 
 
 def test_gtpo_normalises_over_the_turns_of_the_group() -> None:
-    rewards = [[-0.1, 0, 1.0], [0, 0.0, 0]]
+    rewards = [[-0.1, 0, 0.0], [0, 0.0, 0]]
     batch = ragged([[1, 0, 1], [1, 1, 1]], {"turn_reward": rewards}, score=[1.0, 0.0], group=[0, 0])
     batch = batch.with_tokens(turn=torch.tensor([0, 0, 1, 0, 0, 0]))
     out = TurnReturns(0.9, "population", 0.0)(batch)["advantage"]

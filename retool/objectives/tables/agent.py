@@ -28,7 +28,11 @@ _FILTERS = (
         "agent",
         "GTPO, arXiv 2511.14846: discounted returns of turns, normalised in the group, gamma 0.9",
         "one advantage a turn, from turn rewards",
-        over(GROUP, objective={"advantage": {"kind": "turns", "gamma": 0.9}}),
+        over(
+            GROUP,
+            objective={"advantage": {"kind": "turns", "gamma": 0.9}},
+            reward={"turns": {"failed_call": 0.1, "malformed": 0.1}},
+        ),
     ),
 )
 

@@ -49,7 +49,7 @@ GRPO: dict[str, Any] = over(
 DAPO: dict[str, Any] = over(
     GROUP,
     objective={"policy": {"clip_high": 0.28}, "filter": {"kind": "drop", "overlong": "mask_loss"}},
-    reward=SIGNED,
+    reward={**SIGNED, "overlong": {"max_tokens": 20480, "buffer": 4096}},
     rollout={"group_size": 16, "prompts": 512, "max_tokens": 20480},
     learner={"updates": 16, "weight_decay": 0.1},
 )
