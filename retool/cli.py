@@ -107,13 +107,30 @@ def eval_(
     k: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many problems.")] = None,
     no_tool: Annotated[bool, typer.Option("--no-tool", help="Ban the string that opens a call.")] = False,
+    fork_temperature: Annotated[
+        float | None, typer.Option(min=0, help="Temperature at tokens of high entropy (default: the recipe's).")
+    ] = None,
+    rest_temperature: Annotated[float | None, typer.Option(min=0, help="Temperature at all other tokens.")] = None,
+    fork_entropy: Annotated[float | None, typer.Option(min=0, help="Nats that make a fork; default 0.672.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write figures and trajectories to this JSON file.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Print so many whole trajectories.")] = 0,
 ) -> None:
     """Evaluate a model on held-out problems, with the tool or without it."""
     from retool.eval_command import run_eval
 
-    run_eval(model, problems, overrides or [], recipe=recipe, k=k, limit=limit, tool=not no_tool, out=out, show=show)
+    probe = {"fork_temperature": fork_temperature, "rest_temperature": rest_temperature, "fork_entropy": fork_entropy}
+    more = [f"eval.{key}={value}" for key, value in probe.items() if value is not None]
+    run_eval(
+        model,
+        problems,
+        [*(overrides or []), *more],
+        recipe=recipe,
+        k=k,
+        limit=limit,
+        tool=not no_tool,
+        out=out,
+        show=show,
+    )
 
 
 @app.command()

@@ -33,6 +33,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return resolve(raw, where=str(path))
 
 
+def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """The defaults with overrides, without a file. Raises `RecipeError`."""
+    raw: dict[str, Any] = {}
+    for text in overrides:
+        _apply(raw, text)
+    return resolve(raw, where="defaults")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; a file may name another with `extends:` (relative to itself), whose values it
     overrides."""

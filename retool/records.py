@@ -106,3 +106,4 @@ class TrainSample:
     in_baseline: bool = True
     in_loss: bool = True
     truncated: bool = False
+    problem: str = ""

@@ -3,6 +3,7 @@
 from retool.config.objective import ObjectiveConfig
 from retool.config.recipe import (
     DataConfig,
+    DynamicConfig,
     EngineConfig,
     EvalConfig,
     LearnerConfig,
@@ -19,6 +20,7 @@ from retool.config.recipe import (
 
 __all__ = [
     "DataConfig",
+    "DynamicConfig",
     "EngineConfig",
     "EvalConfig",
     "LearnerConfig",

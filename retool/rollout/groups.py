@@ -49,6 +49,7 @@ def to_sample(trajectory: Trajectory) -> TrainSample:
         tool_error_rate=tool_error_rate(trajectory),
         void=VOID in trajectory.flags,
         truncated=trajectory.status.startswith("truncated"),
+        problem=trajectory.problem.id,
     )
 
 
