@@ -33,7 +33,7 @@ def tables(data: Mapping[str, Any], verdicts: Sequence[Mapping[str, Any]]) -> st
         f"trajectories, {s['updates']} updates each, learning rate {s['lr']:g}, one start checkpoint, live sandbox. "
         f"Held-out accuracy on {s['held_out']} problems, 95 % interval of one run; the start has "
         f"{_interval(start)}. Two values: the first three and the last three steps. A short budget on a small model: "
-        "it shows that each objective trains and moves its own quantity, not which one is best. Changes that this budget "
+        "it shows that each objective trains and moves its own quantity, not which is best. Changes that this budget "
         "forced on presets stand in `benchmarks/objectives_run.py` (`scaled`, `TWEAKS`, `VARIANTS`).",
         "",
         "![held-out accuracy and entropy](objectives.svg)",

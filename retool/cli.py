@@ -134,6 +134,30 @@ def eval_(
 
 
 @app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    objectives: Annotated[str, typer.Option(help="Names of presets, with commas; `all` takes every one.")],
+    steps: Annotated[str | None, typer.Option(help="Steps of the run, from 0, with commas.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for page, JSON and plot; default RUN/compare.")] = None,
+) -> None:
+    """Several objectives on the same stored rollouts: gradients, tokens that count, what is clipped.
+
+    Example: retool compare runs/mine --objectives grpo,dapo,vapo
+    """
+    from retool.compare_command import run_compare
+    from retool.objectives import PRESETS
+
+    names = list(PRESETS) if objectives.strip() == "all" else [n.strip() for n in objectives.split(",") if n.strip()]
+    try:
+        chosen = None if steps is None else [int(s) for s in steps.split(",")]
+    except ValueError:
+        raise UserError(f"--steps {steps!r}: write numbers with commas, e.g. 40,41") from None
+    if not names:
+        raise UserError("--objectives names none; `retool objectives` lists them")
+    run_compare(run, names, chosen, out)
+
+
+@app.command()
 def view(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     export: Annotated[Path | None, typer.Option(help="Where to write the page; default RUN/report.html.")] = None,

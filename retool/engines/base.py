@@ -28,7 +28,7 @@ class DeadlineExceeded(EngineError):
 @dataclass(frozen=True)
 class ForkProbe:
     """A temperature that depends on the position (2506.01939, section 3): `fork` where the entropy at temperature 1 is
-    above `entropy` nats, `rest` elsewhere. Between `opens` and one of `closes` (code) forks are sampled at 1 at most."""
+    above `entropy` nats, `rest` elsewhere. Between `opens` and one of `closes` (code) forks get at most 1."""
 
     fork: float
     rest: float
