@@ -177,8 +177,8 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Machine-rea
 
 
 @app.command()
-def explain(key: Annotated[str, typer.Argument(help="Dotted recipe key, e.g. rollout.group_size")]) -> None:
-    """What a recipe key means, its type and its default."""
+def explain(key: Annotated[str, typer.Argument(help="Recipe key or preset, e.g. rollout.group_size, dapo")]) -> None:
+    """What a recipe key means, its type and its default; or what a preset is."""
     from retool.explain import print_key
 
     print_key(key)

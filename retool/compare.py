@@ -109,7 +109,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`cosine[i][j]`: of the first gradients of rows i and j; nan where one of them is 0. `refused`: name -> why."""
+    """`cosine[i][j]`: of the first gradients of rows i and j; nan where one of them is 0. `refused`: name -> why.
+    `age`: steps between the oldest rollouts and the weights; negative: the weights are older than the rollouts."""
 
     run: str
     steps: tuple[int, ...]
@@ -118,6 +119,7 @@ class Comparison:
     cosine: tuple[tuple[float, ...], ...]
     refused: dict[str, str]
     trajectories: int
+    age: int = 0
 
 
 def compare(run: StoredRun, names: Sequence[str], steps: Sequence[int] | None = None) -> Comparison:
@@ -139,7 +141,8 @@ def compare(run: StoredRun, names: Sequence[str], steps: Sequence[int] | None = 
         gradients.append(gradient)
     table = tuple(tuple(cosine(a, b) for b in gradients) for a in gradients)
     count = sum(len(g.usable) for g in groups)
-    return Comparison(str(run.path), tuple(chosen), str(run.weights), tuple(rows), table, refused, count)
+    age = run.checkpoint - min(chosen)
+    return Comparison(str(run.path), tuple(chosen), str(run.weights), tuple(rows), table, refused, count, age)
 
 
 def measure(run: StoredRun, name: str, groups: Sequence[Group]) -> tuple[Row, Tensor]:

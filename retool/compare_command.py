@@ -62,7 +62,7 @@ def as_json(result: Comparison) -> dict[str, Any]:
     rows = [{**asdict(r), "max_logprob_gap": r.max_logprob_gap if math.isfinite(r.max_logprob_gap) else None}
             for r in result.rows]  # fmt: skip
     names = [r.name for r in result.rows]
-    about = {"run": result.run, "steps": list(result.steps), "weights": result.weights}
+    about = {"run": result.run, "steps": list(result.steps), "weights": result.weights, "age": result.age}
     about["trajectories"] = result.trajectories
     return {**about, "objectives": rows, "cosine": {"names": names, "matrix": cosine}, "not_comparable": result.refused}
 
@@ -83,6 +83,15 @@ def figures(result: Comparison) -> list[list[str]]:
     ]
 
 
+def age_note(result: Comparison) -> str:
+    """A sentence when the weights are not those that sampled the rollouts, else nothing."""
+    if result.age == 0:
+        return ""
+    return (
+        f"The weights are {abs(result.age)} steps {'newer' if result.age > 0 else 'older'} than the oldest rollouts. "
+    )
+
+
 def print_comparison(result: Comparison) -> None:
     """Figures, cosines, notes and what could not be compared."""
     steps = ", ".join(map(str, result.steps))
@@ -92,6 +101,8 @@ def print_comparison(result: Comparison) -> None:
         names = [r.name for r in result.rows]
         cells = [[escape(n), *(_cosine(x) for x in row)] for n, row in zip(names, result.cosine, strict=True)]
         console.print(table("cosine of the gradients", ["", *map(escape, names)], cells))
+    if result.age:
+        console.print(f"{age_note(result)}({result.weights})", markup=False, soft_wrap=True)
     for row in result.rows:
         for note in row.notes:
             console.print(f"{row.name}: {note}", markup=False, soft_wrap=True)
@@ -104,9 +115,9 @@ def comparison_page(result: Comparison) -> Page:
     steps = ", ".join(map(str, result.steps))
     page = Page(
         "Objectives on the same rollouts",
-        f"{result.trajectories} trajectories of step {steps} of {result.run}, weights of {result.weights}. Every "
-        "objective saw the same trajectories, weights and micro-batches. A token's weight is the derivative of the "
-        "loss by its log-probability; spread is (sum |w|)^2 / sum w^2.",
+        f"{result.trajectories} trajectories of step {steps} of {result.run}, weights of {result.weights}. "
+        f"{age_note(result)}Every objective saw the same trajectories, weights and micro-batches. A token's weight is "
+        "the derivative of the loss by its log-probability; spread is (sum |w|)^2 / sum w^2.",
     )
     page.tables = [("Gradients and tokens", HEADER, figures(result))] if result.rows else []
     notes = [[r.name, note] for r in result.rows for note in r.notes]

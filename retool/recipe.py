@@ -115,7 +115,10 @@ def nearest_key(key: str) -> str | None:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section behind an annotation: of a key, of one of its alternatives, or of the items of a list."""
     options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+    if typing.get_origin(annotation) in (tuple, list):
+        options = typing.get_args(annotation)[:1]
     for option in (annotation, *options):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option

@@ -64,3 +64,9 @@ def by_digits(trajectory: Trajectory, result: RewardResult) -> RewardResult:
 
 def weights(run: Path) -> dict:
     return load_file(run / "model" / "model.safetensors")
+
+
+def by_parity(trajectory: Trajectory, result: RewardResult) -> RewardResult:
+    """A reward that makes some groups mixed and others not: even problems are a coin, keyed by the text; odd ones 0."""
+    coin = float(len(trajectory.policy_text) % 2) if len(trajectory.problem.prompt) % 2 == 0 else 0.0
+    return replace(result, accuracy=coin, score=coin)
