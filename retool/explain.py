@@ -84,8 +84,9 @@ def print_key(key: str) -> None:
     known = dict(all_keys())
     key = ".".join(part for part in key.split(".") if not part.isdigit())
     preset = key.removeprefix("objective.preset=").removeprefix("objective=")
-    if preset in PRESETS and key not in known:
+    if preset in PRESETS:
         _print_preset(preset)
+    if preset in PRESETS and key not in known:
         return
     if key not in known:
         raise UserError(f"there is no recipe key or preset {key!r}" + _nearest(key, list(PRESETS)))

@@ -67,6 +67,7 @@ def weights(run: Path) -> dict:
 
 
 def by_parity(trajectory: Trajectory, result: RewardResult) -> RewardResult:
-    """A reward that makes some groups mixed and others not: even problems are a coin, keyed by the text; odd ones 0."""
-    coin = float(len(trajectory.policy_text) % 2) if len(trajectory.problem.prompt) % 2 == 0 else 0.0
+    """A reward that makes some groups mixed and others not: for two problems in five it is a coin, for the others 0."""
+    teaches = sum(map(ord, trajectory.problem.prompt)) % 5 < 2
+    coin = float(len(trajectory.policy_text) % 2) if teaches else 0.0
     return replace(result, accuracy=coin, score=coin)
