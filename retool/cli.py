@@ -122,13 +122,54 @@ def eval_(
     k: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many problems.")] = None,
     no_tool: Annotated[bool, typer.Option("--no-tool", help="Ban the string that opens a call.")] = False,
+    fork_temperature: Annotated[
+        float | None, typer.Option(min=0, help="Temperature at tokens of high entropy (default: the recipe's).")
+    ] = None,
+    rest_temperature: Annotated[float | None, typer.Option(min=0, help="Temperature at all other tokens.")] = None,
+    fork_entropy: Annotated[float | None, typer.Option(min=0, help="Nats that make a fork; default 0.672.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write figures and trajectories to this JSON file.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Print so many whole trajectories.")] = 0,
 ) -> None:
     """Evaluate a model on held-out problems, with the tool or without it."""
     from retool.eval_command import run_eval
 
-    run_eval(model, problems, overrides or [], recipe=recipe, k=k, limit=limit, tool=not no_tool, out=out, show=show)
+    probe = {"fork_temperature": fork_temperature, "rest_temperature": rest_temperature, "fork_entropy": fork_entropy}
+    more = [f"eval.{key}={value}" for key, value in probe.items() if value is not None]
+    run_eval(
+        model,
+        problems,
+        [*(overrides or []), *more],
+        recipe=recipe,
+        k=k,
+        limit=limit,
+        tool=not no_tool,
+        out=out,
+        show=show,
+    )
+
+
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    objectives: Annotated[str, typer.Option(help="Names of presets, with commas; `all` takes every one.")],
+    steps: Annotated[str | None, typer.Option(help="Steps of the run, from 0, with commas.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for page, JSON and plot; default RUN/compare.")] = None,
+) -> None:
+    """Several objectives on the same stored rollouts: gradients, tokens that count, what is clipped.
+
+    Example: retool compare runs/mine --objectives grpo,dapo,vapo
+    """
+    from retool.compare_command import run_compare
+    from retool.objectives import PRESETS
+
+    names = list(PRESETS) if objectives.strip() == "all" else [n.strip() for n in objectives.split(",") if n.strip()]
+    try:
+        chosen = None if steps is None else [int(s) for s in steps.split(",")]
+    except ValueError:
+        raise UserError(f"--steps {steps!r}: write numbers with commas, e.g. 40,41") from None
+    if not names:
+        raise UserError("--objectives names none; `retool objectives` lists them")
+    run_compare(run, names, chosen, out)
 
 
 @app.command()
@@ -151,8 +192,8 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Machine-rea
 
 
 @app.command()
-def explain(key: Annotated[str, typer.Argument(help="Dotted recipe key, e.g. rollout.group_size")]) -> None:
-    """What a recipe key means, its type and its default."""
+def explain(key: Annotated[str, typer.Argument(help="Recipe key or preset, e.g. rollout.group_size, dapo")]) -> None:
+    """What a recipe key means, its type and its default; or what a preset is."""
     from retool.explain import print_key
 
     print_key(key)

@@ -11,13 +11,13 @@ learnt again from it, from the last checkpoint on.
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+import retool.objectives
 from retool.config import Recipe
 from retool.demonstrations import ptx_samples
 from retool.errors import UserError
@@ -31,6 +31,7 @@ from retool.protocols import build_protocol
 from retool.protocols.codec import Codec
 from retool.records import Group, Problem
 from retool.rollout.collector import Collector
+from retool.rollout.dynamic import Draw
 from retool.rollout.groups import to_samples
 from retool.rollout.log import RolloutLog
 from retool.rollout.step_ledger import StepLedger
@@ -60,20 +61,6 @@ def set_threads(recipe: Recipe) -> None:
     torch.set_num_threads(threads)
     if recipe.deterministic:
         torch.use_deterministic_algorithms(True)
-
-
-def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """The `count` problems of a step: passes over the whole set, each pass in its own order. A function of its
-    arguments only, so a resumed run draws the same ones, none skipped and none twice in a pass."""
-    orders: dict[int, list[int]] = {}
-    out: list[Problem] = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, at = divmod(i, len(problems))
-        if epoch not in orders:
-            orders[epoch] = list(range(len(problems)))
-            random.Random(f"problems/{seed}/{epoch}").shuffle(orders[epoch])
-        out.append(problems[orders[epoch][at]])
-    return out
 
 
 async def train(
@@ -141,19 +128,33 @@ class _Loop:
             workshop.engine, workshop.sandbox, workshop.codec, workshop.rewarder, recipe, log=log
         )
         self.min_usable = 2 if learner.objective.structure.kind == "group" else 1
+        records = ledger.read()
+        self.draw = Draw(recipe, problems, self.collector.collect, log, records[-1].memory if records else None)
 
     async def step(self, step: int) -> dict[str, float]:
-        wanted = problems_of_step(self.problems, step, self.recipe.rollout.prompts, self.recipe.seed)
-        groups = await self.collector.collect(step, wanted, self.learner.version)
+        """Sample, learn, hand the engine the new weights. A step that dynamic sampling leaves without a single group
+        counts, but changes no weight."""
+        drawn = await self.draw.step(step, self.learner.version, problem_weights(self.learner))
         counters = self.collector.counters
-        samples = to_samples(groups, self.min_usable, counters)
-        self.ledger.plan(step, [s.id for s in samples])
-        metrics = {**rollout_metrics(groups), **self.learner.step(samples)}
+        samples = to_samples(drawn.groups, self.min_usable, counters)
+        self.ledger.plan(step, [s.id for s in samples], self.draw.memory())
+        metrics = {**rollout_metrics(drawn.sampled), **drawn.metrics}
+        nothing = not samples and self.recipe.rollout.dynamic.kind != "none"
+        metrics |= {"updates": 0.0, "version": float(self.learner.version)} if nothing else self.learner.step(samples)
         metrics.update({f"count/{name}": float(n) for name, n in counters.items()})
         metrics.update({f"count/verifier_{k}": float(n) for k, n in self.workshop.rewarder.counters.items()})
         self.ledger.finish(step, metrics)
         await self.workshop.engine.sync(None, self.learner.version)
         return metrics
+
+
+def problem_weights(learner: Learner) -> Mapping[str, float] | None:
+    """Priorities of problems by `problem_key`, from what the objective remembers (`retool.objectives.priorities`);
+    None where it keeps none: all are equal."""
+    if learner.recipe.rollout.priority == "none":
+        return None
+    hook = getattr(retool.objectives, "priorities", None)
+    return hook(learner.state) if hook is not None else None
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

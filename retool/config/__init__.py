@@ -3,6 +3,7 @@
 from retool.config.objective import ObjectiveConfig
 from retool.config.recipe import (
     DataConfig,
+    DynamicConfig,
     EngineConfig,
     EvalConfig,
     LearnerConfig,
@@ -19,6 +20,7 @@ from retool.config.reward import RewardConfig
 
 __all__ = [
     "DataConfig",
+    "DynamicConfig",
     "EngineConfig",
     "EvalConfig",
     "LearnerConfig",

@@ -147,6 +147,19 @@ class EngineConfig(Section):
     """Longest trajectory in tokens; default: what the model allows."""
 
 
+class DynamicConfig(Section):
+    """Dynamic sampling (DAPO, 2503.14476): sample on until `rollout.prompts` groups teach something."""
+
+    kind: Literal["none", "accuracy"] = "none"
+    """`accuracy`: only groups with right and wrong answers count, judged on raw accuracy before any shaping."""
+    batch: int | None = Field(None, ge=1)
+    """Problems drawn at once; default: `rollout.prompts`."""
+    max_batches: int = Field(10, ge=1)
+    """After so many batches the step trains with what it has (metric `dynamic/starved`)."""
+    max_staleness: int = Field(0, ge=0)
+    """Surplus groups are used in later steps while the policy is at most so many updates older; 0 discards them."""
+
+
 class RolloutConfig(Section):
     """How trajectories are sampled."""
 
@@ -154,6 +167,13 @@ class RolloutConfig(Section):
     """Problems a step."""
     group_size: int = Field(8, ge=1)
     """Trajectories a problem (G)."""
+    oversample: int = Field(1, ge=1)
+    """Sample so many times `group_size` trajectories a problem; a filter such as `roc` takes G of them."""
+    dynamic: DynamicConfig = DynamicConfig()
+    """Dynamic sampling: more problems until enough groups teach something."""
+    priority: Literal["none", "tracker"] = "none"
+    """`none`: passes over the whole set. `tracker`: problems are drawn by the objective's own estimate of what they
+    teach (`single_stream`); an objective without one draws uniformly."""
     max_turns: int = Field(4, ge=1)
     """Turns of the policy; a call in the last turn is not executed."""
     max_tokens: int = Field(256, ge=1)
@@ -174,6 +194,11 @@ class RolloutConfig(Section):
     """How often a turn that the engine failed is asked for again before the trajectory is dropped."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Stop the run when more than this share of a step's trajectories is lost to infrastructure."""
+
+    @property
+    def members(self) -> int:
+        """Trajectories that are sampled a problem."""
+        return self.group_size * self.oversample
 
 
 class LearnerConfig(Section):
@@ -265,6 +290,13 @@ class EvalConfig(Section):
     """Sampling temperature of evaluation; 0 = greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus of evaluation."""
+    fork_temperature: float | None = Field(None, ge=0)
+    """Temperature at forking tokens, where the entropy at temperature 1 is above `fork_entropy`; default:
+    `temperature`. Inside a call's code it is at most 1."""
+    rest_temperature: float | None = Field(None, ge=0)
+    """Temperature at all other tokens; default: `temperature`."""
+    fork_entropy: float = Field(0.672, ge=0)
+    """Entropy in nats above which a token is a fork (2506.01939: the 80th percentile)."""
 
 
 class Recipe(Section):
@@ -306,3 +338,9 @@ class Recipe(Section):
     """Supervised fine-tuning before RL."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
+
+    @model_validator(mode="after")
+    def _shuffled_scores_are_not_carried(self) -> Recipe:
+        if self.reward.shuffle and self.rollout.dynamic.kind != "none" and self.rollout.dynamic.max_staleness > 0:
+            raise ValueError("reward.shuffle permutes scores within a step: rollout.dynamic.max_staleness must be 0")
+        return self

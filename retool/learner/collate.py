@@ -83,7 +83,7 @@ def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"]
         "index": torch.arange(len(ordered)),
         "group": torch.tensor([groups[s.group] for s in ordered]),
         "key": torch.tensor([key_of("trajectory", s.id) for s in ordered]),
-        "problem": torch.tensor([problem_key(s.problem or s.group) for s in ordered]),
+        "problem": torch.tensor([problem_key(s.problem) for s in ordered]),
         "pair": torch.tensor([s.pair for s in ordered]),
         "parent": torch.tensor([s.parent for s in ordered]),
         "cluster": torch.tensor([s.cluster for s in ordered]),

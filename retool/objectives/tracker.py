@@ -76,11 +76,9 @@ def _prior(known: dict[str, list[float]], score: Any, accuracy: Any) -> tuple[fl
     return (float(score.mean()), float(accuracy.mean())) if len(score) else (0.0, 0.0)
 
 
-def priorities(state: ObjectiveState, floor: float = 0.05) -> dict[int, float]:
-    """{problem key (`keyed.problem_key`): weight √(p (1 - p)) + `floor`} of every tracked problem, p its tracked
-    accuracy: problems that are sometimes solved teach most. Empty when the objective tracks none."""
+def priorities(state: ObjectiveState, floor: float = 0.05) -> dict[str, float]:
+    """{problem key (`keyed.problem_key`, as text): weight √(p (1 - p)) + `floor`} of every tracked problem, p its
+    tracked accuracy: problems that are sometimes solved teach most. Empty when the objective tracks none."""
     rows: dict[str, list[float]] = state.extra.get(PROBLEMS, {})
-    return {
-        int(key): math.sqrt(min(max(r[2], 0.0), 1.0) * (1 - min(max(r[2], 0.0), 1.0))) + floor
-        for key, r in rows.items()
-    }
+    solved = {key: min(max(row[2], 0.0), 1.0) for key, row in rows.items()}
+    return {key: math.sqrt(p * (1 - p)) + floor for key, p in solved.items()}

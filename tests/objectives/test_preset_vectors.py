@@ -366,5 +366,5 @@ def test_single_stream_tracks_problems() -> None:
     assert later.extra["problems"]["8"] == state.extra["problems"]["8"]
     assert ObjectiveState.from_json(later.to_json()) == later
     p = state.extra["problems"]["7"][2]
-    assert priorities(state)[7] == pytest.approx(math.sqrt(p * (1 - p)) + 0.05)
+    assert priorities(state)["7"] == pytest.approx(math.sqrt(p * (1 - p)) + 0.05)
     assert priorities(ObjectiveState()) == {}

@@ -21,7 +21,7 @@ _FILTERS = (
         "rStar2-Agent, arXiv 2508.20722: sample 2G, drop uniform groups, keep G: clean right answers, random wrong "
         "ones; clip 0.2/0.28, no KL",
         "resample on correct: right answers with failed calls or repeated answers are the first to go",
-        over(_HIGHER, objective={"filter": {"kind": "drop", "roc": 0.5}}, rollout={"group_size": 32}),
+        over(_HIGHER, objective={"filter": {"kind": "drop", "roc": 0.5}}, rollout={"group_size": 16, "oversample": 2}),
     ),
     Preset(
         "gtpo",

@@ -13,7 +13,7 @@ _COV = "The Entropy Mechanism, arXiv 2505.22617"
 COVARIANCE: dict[str, Any] = over(
     GROUP,
     objective={"filter": {"kind": "drop"}},
-    rollout={"group_size": 8, "prompts": 256, "max_tokens": 8192},
+    rollout={"group_size": 8, "prompts": 256, "max_tokens": 8192, "dynamic": {"kind": "accuracy"}},
     learner={"lr": 5e-7, "updates": 8},
 )
 """The setting of 2505.22617 for its 7B model: 256 prompts × 8, mini-batches of 32 prompts, no KL to a reference."""

@@ -49,8 +49,13 @@ GRPO: dict[str, Any] = over(
 DAPO: dict[str, Any] = over(
     GROUP,
     objective={"policy": {"clip_high": 0.28}, "filter": {"kind": "drop", "overlong": "mask_loss"}},
-    reward={**SIGNED, "overlong": {"max_tokens": 20480, "buffer": 4096}},
-    rollout={"group_size": 16, "prompts": 512, "max_tokens": 20480},
+    reward=SIGNED,
+    rollout={
+        "group_size": 16,
+        "prompts": 512,
+        "max_tokens": 20480,
+        "dynamic": {"kind": "accuracy"},
+    },
     learner={"updates": 16, "weight_decay": 0.1},
 )
 
@@ -170,7 +175,7 @@ _REINFORCE = (
         over(
             GROUP,
             objective={"structure": "flat", "advantage": {"kind": "tracker"}, "policy": {"clip_high": 0.28}},
-            rollout={"group_size": 1},
+            rollout={"group_size": 1, "priority": "tracker"},
         ),
     ),
 )
