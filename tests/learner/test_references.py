@@ -141,7 +141,7 @@ def test_checkpoints_resume_with_equal_bits(dtype: torch.dtype, tmp_path: Path) 
     for name in first.roles:
         a, b = module_tensors(first.roles[name].module), module_tensors(second.roles[name].module)
         assert all(torch.equal(a[k], b[k]) for k in a), name
-    assert first.moving is not None and second.moving is not None
+    assert first.moving is not None and second.moving is not None and first.moving.clock == second.moving.clock == 6
     assert all(torch.equal(m, second.moving.masters[k]) for k, m in first.moving.masters.items())
     frozen = recipe("ppo_rlhf", tmp_path)
     still = Learner.create(frozen, build_objective(frozen), model(), load_tokenizer(frozen.model))

@@ -263,6 +263,20 @@ def test_a_reward_model_learns_and_becomes_a_critic(head: RewardHead, tmp_path: 
     assert json.loads((tmp_path / "rm" / "value_model.json").read_text())["kind"] == "reward_model"
 
 
+def test_a_reward_model_resumes_with_equal_bits(tmp_path: Path) -> None:
+    base = sft_stage(recipe("ppo_rlhf", tmp_path, sft={"head": "pairwise", "lr": 1e-3, "steps": 6, "warmup_steps": 2}))
+    atoms = [a for members in solutions(6, 1) for a in atoms_of(members[0].group, members, "pairwise")]
+    first = reward_learner(base, model(dtype=torch.float32), load_tokenizer(base.model))
+    for picks in ([0, 1, 2], [3, 4, 5]):
+        first.step(batch_of(atoms, picks))
+    first.save(tmp_path / "c")
+    second = reward_learner(base, model(dtype=torch.float32), load_tokenizer(base.model))
+    second.load(tmp_path / "c")
+    assert first.step(batch_of(atoms, [6, 7])) == second.step(batch_of(atoms, [6, 7]))
+    ours, theirs = (module_tensors(x.roles["critic"].module) for x in (first, second))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
 def test_reward_losses_are_the_written_ones(tmp_path: Path) -> None:
     """-log σ(r_w - r_l) and binary cross-entropy, from the rewards themselves; micro-batches change nothing."""
     for head in ("pairwise", "pointwise"):
