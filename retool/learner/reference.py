@@ -45,7 +45,7 @@ class MovingReference:
                 if share == 1.0:
                     master.copy_(source)
                 else:
-                    master.mul_(1 - share).add_(source.to(master.dtype), alpha=share)
+                    master.add_(source.to(master.dtype) - master, alpha=share)
                 if master is not target:
                     target.copy_(master)
         return True

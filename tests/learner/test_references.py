@@ -66,7 +66,7 @@ def test_a_bf16_reference_keeps_what_bf16_cannot_show() -> None:
         moving.tick("update")
     gained = moving.masters["weight"] - 1.0
     target = 1 - (1 - 0.001) ** 100
-    policy = moving.sources["weight"][0, 0].item() - 1.0
+    policy = float(moving.sources["weight"].detach()[0, 0]) - 1.0
     torch.testing.assert_close(gained, torch.full_like(gained, target * policy), rtol=1e-3, atol=0)
     assert moving.state().keys() == {"weight"}
     again, _, _ = pair(1.01, 1.0, torch.bfloat16, Reference("ema", 0.001))
@@ -78,10 +78,10 @@ def test_hard_and_mix_move_every_so_often() -> None:
     for rule, expected in ((Reference("hard", 1.0, 3), 3.0), (Reference("mix", 0.6, 3), 2.2)):
         moving, _, weight = pair(3.0, 1.0, torch.float64, rule)
         assert [moving.tick("update") for _ in range(2)] == [False, False]
-        assert weight[0, 0].item() == 1.0
-        assert moving.tick("update") and weight[0, 0].item() == pytest.approx(expected)
+        assert float(weight.detach()[0, 0]) == 1.0
+        assert moving.tick("update") and float(weight.detach()[0, 0]) == pytest.approx(expected)
     moving, _, weight = pair(3.0, 1.0, torch.float64, Reference("hard", 1.0, 1, "rollout"))
-    assert not moving.tick("update") and moving.tick("rollout") and weight[0, 0].item() == 3.0
+    assert not moving.tick("update") and moving.tick("rollout") and float(weight.detach()[0, 0]) == 3.0
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_checkpoints_resume_with_equal_bits(dtype: torch.dtype, tmp_path: Path) 
     for name in first.roles:
         a, b = module_tensors(first.roles[name].module), module_tensors(second.roles[name].module)
         assert all(torch.equal(a[k], b[k]) for k in a), name
-    assert first.moving is not None and second.moving is not None
+    assert first.moving is not None and second.moving is not None and first.moving.clock == second.moving.clock == 6
     assert all(torch.equal(m, second.moving.masters[k]) for k, m in first.moving.masters.items())
     frozen = recipe("ppo_rlhf", tmp_path)
     still = Learner.create(frozen, build_objective(frozen), model(), load_tokenizer(frozen.model))
@@ -186,7 +186,7 @@ def test_ptx_adds_exactly_its_own_gradient(temperature: float, tmp_path: Path) -
                 total = total - logp[at - 1, ids[0, at]]
                 tokens += 1
     nll = total / tokens
-    assert mixed["loss/ptx"] == pytest.approx(float(nll), abs=1e-9)
+    assert mixed["loss/ptx"] == pytest.approx(float(nll.detach()), abs=1e-7)
     nll.backward()
     grads = {f"policy/{n}": p.grad for n, p in net.named_parameters()}
     assert any(float(g.abs().max()) > 1e-3 for g in grads.values() if g is not None)
