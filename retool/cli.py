@@ -78,8 +78,21 @@ def train(
 
     for warning in validate(resolved):
         errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+    def pretrained(rollout: int, metrics: dict[str, float]) -> None:
+        if "held_out/explained_variance" in metrics:
+            found = metrics["held_out/explained_variance"]
+            console.print(f"value pretraining, rollout {rollout}: held-out explained variance {found:.3f}")
+
     with bar("RL", resolved.steps) as progress:
-        result = asyncio.run(run(resolved, resume=resume, on_step=lambda s, m: progress.update(s + 1, metrics_line(m))))
+        result = asyncio.run(
+            run(
+                resolved,
+                resume=resume,
+                on_step=lambda s, m: progress.update(s + 1, metrics_line(m)),
+                on_pretrain=pretrained,
+            )
+        )
     for done, card in result.evaluations.items():
         console.print(f"after {done} steps: accuracy {card['accuracy']:.3f} on {card['problems']} held-out problems")
     console.print(f"model: {result.folder.model}\nreport: retool view {result.folder.path}", markup=False)
@@ -95,6 +108,8 @@ def sft(recipe: RecipeArg, overrides: Overrides = None, resume: Resume = False) 
     resolved = load_recipe(recipe, overrides or [])
     with bar("SFT", resolved.sft.steps if resolved.sft else 1) as progress:
         result = run(resolved, resume=resume, on_step=lambda s, m: progress.update(s + 1, metrics_line(m)))
+    if result.held_out is not None:
+        console.print(f"held-out accuracy of the reward model: {result.held_out:.3f}")
     console.print(f"model: {result.folder.model}", markup=False)
 
 

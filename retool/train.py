@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 
-import retool.objectives
 from retool.config import Recipe
+from retool.demonstrations import ptx_samples
 from retool.errors import UserError
 from retool.evaluate import evaluate, scorecard
 from retool.learner import Learner
 from retool.models import load_model, load_tokenizer
-from retool.objectives import build_objective
+from retool.objectives import build_objective, priorities
+from retool.pretrain import pretrain
 from retool.problems import load_problems
+from retool.protocols import build_protocol
+from retool.protocols.codec import Codec
 from retool.records import Group, Problem
 from retool.rollout.collector import Collector
 from retool.rollout.dynamic import Draw
@@ -39,11 +42,13 @@ StepCallback = Callable[[int, dict[str, float]], None]
 
 @dataclass
 class TrainResult:
-    """What a finished run leaves: where the model is, the metrics of each step, evaluations by steps done."""
+    """What a finished run leaves: where the model is, the metrics of each step, evaluations by steps done; metrics of
+    each rollout of the value pretraining, if this call ran it."""
 
     folder: RunFolder
     metrics: list[dict[str, float]] = field(default_factory=list)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    pretraining: list[dict[str, float]] = field(default_factory=list)
 
 
 def set_threads(recipe: Recipe) -> None:
@@ -57,13 +62,21 @@ def set_threads(recipe: Recipe) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = None) -> TrainResult:
-    """Run all steps. Raises `UserError` for what the user can mend, `SandboxError` where no sandbox can be had."""
+async def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    on_step: StepCallback | None = None,
+    on_pretrain: StepCallback | None = None,
+) -> TrainResult:
+    """Run all steps, after the value pretraining where the recipe has one (`on_pretrain` sees its rollouts). Raises
+    `UserError` for what the user can mend, `SandboxError` where no sandbox can be had."""
     set_threads(recipe)
     problems = load_problems(recipe.problems)
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe))
     model = load_model(recipe.model, tokenizer, recipe.seed)
-    learner = Learner.create(recipe, build_objective(recipe), model, tokenizer)
+    demos = ptx_samples(recipe, Codec(tokenizer, build_protocol(recipe.protocol)))
+    learner = Learner.create(recipe, build_objective(recipe), model, tokenizer, demos=demos)
     folder = RunFolder(recipe, resume=resume)  # the last thing that can refuse: nothing is half-written
     latest = folder.latest()
     if latest is not None:
@@ -76,6 +89,9 @@ async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback |
         result.metrics = [r.metrics for r in ledger.read() if r.metrics is not None]
         async with open_workshop(recipe, learner.policy.model, tokenizer, lockstep=recipe.deterministic) as workshop:
             await workshop.engine.sync(None, learner.version)
+            if latest is None and recipe.objective.critic.pretrain.steps:
+                result.pretraining = await pretrain(recipe, problems, learner, workshop, on_pretrain)
+                learner.save(folder.checkpoint(0))
             loop = _Loop(recipe, problems, learner, workshop, log, ledger)
             for step in range(first, recipe.steps):
                 metrics = await loop.step(step)
@@ -132,12 +148,9 @@ class _Loop:
 
 
 def problem_weights(learner: Learner) -> Mapping[str, float] | None:
-    """Priorities of problems by `problem_key`, from what the objective remembers (`retool.objectives.priorities`);
-    None where it keeps none: all are equal."""
-    if learner.recipe.rollout.priority == "none":
-        return None
-    hook = getattr(retool.objectives, "priorities", None)
-    return hook(learner.state) if hook is not None else None
+    """Priorities of problems (`retool.rollout.dynamic.weight_key`), from what the objective remembers; empty where it
+    keeps none: all are equal."""
+    return None if learner.recipe.rollout.priority == "none" else priorities(learner.state)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

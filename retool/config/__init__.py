@@ -11,12 +11,12 @@ from retool.config.recipe import (
     ProblemsConfig,
     ProtocolConfig,
     Recipe,
-    RewardConfig,
     RolloutConfig,
     SandboxConfig,
     SftConfig,
     TinyModelConfig,
 )
+from retool.config.reward import RewardConfig
 
 __all__ = [
     "DataConfig",

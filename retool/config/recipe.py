@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from retool.config.base import Section
 from retool.config.objective import ObjectiveConfig
+from retool.config.reward import RewardConfig
 
 
 class TinyModelConfig(Section):
@@ -135,40 +136,6 @@ class SandboxConfig(Section):
         return self
 
 
-class RewardConfig(Section):
-    """From a trajectory to its score. A wrong answer never scores as much as a right one."""
-
-    verifier: Literal["math", "exact"] = "math"
-    """`math`: math-verify and sympy in killable workers. `exact`: string equality after trimming."""
-    correct: float = 1.0
-    """Score of a right answer."""
-    wrong: float = 0.0
-    """Score of a wrong answer."""
-    call_cost: float = Field(0.0, ge=0)
-    """Subtracted for each tool call of a *right* answer, up to `max_call_cost`."""
-    max_call_cost: float = Field(0.0, ge=0)
-    """Most that calls may cost; must stay below correct - wrong."""
-    timeout_s: float = Field(10.0, gt=0)
-    """A verifier worker that takes longer is killed; the reward is then unknown after `retries`."""
-    workers: int = Field(1, ge=1)
-    """Verifier processes."""
-    retries: int = Field(1, ge=0)
-    """Tries after a worker was killed or died."""
-    custom: str | None = None
-    """Dotted path `module:function` of your own reward: (trajectory, RewardResult) -> RewardResult.
-    It may break the rule that a right answer outscores a wrong one: that is then yours to keep."""
-    shuffle: bool = False
-    """Control experiment: permute scores over the trajectories of a step."""
-
-    @model_validator(mode="after")
-    def _right_beats_wrong(self) -> RewardConfig:
-        if self.correct - self.max_call_cost <= self.wrong:
-            raise ValueError(
-                f"correct ({self.correct}) - max_call_cost ({self.max_call_cost}) must stay above wrong ({self.wrong})"
-            )
-        return self
-
-
 class EngineConfig(Section):
     """What turns weights into tokens."""
 
@@ -286,12 +253,18 @@ class DataConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning on traces."""
 
+    head: Literal["language", "pairwise", "pointwise"] = "language"
+    """`language`: the policy imitates traces. `pairwise` and `pointwise`: a reward model (a scalar head) learns to
+    tell right solutions from wrong ones, by pairs or one by one; see docs/objectives.md."""
     data: str | None = None
-    """JSONL of traces; default: what `retool data generate` wrote for this recipe."""
+    """JSONL of traces; default: what `retool data generate` wrote for this recipe. Of a reward model: JSONL of
+    labelled traces or a run folder with rollouts; default: this recipe's run."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the problems on which a reward model is judged and never trained."""
     steps: int = Field(250, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(128, ge=1)
-    """Traces a step."""
+    """Traces (or pairs) a step."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"

@@ -16,6 +16,7 @@ from retool.engines.base import Engine, ForkProbe, Sampling
 from retool.engines.sampler import mix_seed
 from retool.protocols.codec import Codec
 from retool.records import Group, Problem, RewardResult, Trajectory
+from retool.rewards.batch_scores import zscore_groups
 from retool.rollout.episode import Episode, EpisodeSettings
 from retool.rollout.groups import shuffle_scores
 from retool.rollout.log import RolloutLog
@@ -100,6 +101,7 @@ class Collector:
         self._check_versions(fresh, version)
         done |= {g.id: g for g in fresh}
         groups = [done[i] for i in ids]
+        groups = zscore_groups(groups) if self.recipe.reward.zscore == "batch" else groups
         return shuffle_scores(groups, self.recipe.seed, step) if self.recipe.reward.shuffle else groups
 
     async def evaluate(
