@@ -43,16 +43,14 @@ ENDS = 3
 NO_KL = {"kl": {"place": "none", "beta": 0.0}, "reference": {"kind": "none"}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo (no KL)": ("grpo", {"objective": {**NO_KL, "aggregation": {"mode": "token_mean"}}}),
-    "grpo (clip-higher)": (
-        "grpo",
-        {"objective": {**NO_KL, "aggregation": {"mode": "token_mean"}, "policy": {"clip_high": 0.28}}},
-    ),
     "vc_ppo (cold critic)": ("vc_ppo", {"objective": {"critic": {"pretrain": {"steps": 0}}}}),
 }
 """Baselines that differ from their claim's preset in one thing only: name -> (preset, keys laid over it)."""
 
 TWEAKS: dict[str, dict[str, Any]] = {
-    "clip_cov": {"objective": {"select": [{"kind": "clip_cov", "share": 0.02, "denominator": "all_act"}]}},
+    "clip_cov": {
+        "objective": {"select": [{"kind": "clip_cov", "share": 0.02, "source": "current", "denominator": "all_act"}]}
+    },
     "kl_cov": {"objective": {"kl_cov": {"share": 0.02}}},
 }
 """What a budget of some thousand tokens a step needs: the papers' 2e-4 of them would be less than one token."""

@@ -21,7 +21,16 @@ from retool.config import Recipe
 from retool.errors import UserError
 from retool.learner import Learner
 from retool.learner import checkpoint as ckpt
-from retool.objectives import Batch, Forward, MissingColumn, Objective, build_objective, preset_fragment
+from retool.objectives import (
+    Batch,
+    Finalized,
+    Forward,
+    MissingColumn,
+    Objective,
+    ObjectiveState,
+    build_objective,
+    preset_fragment,
+)
 from retool.recipe import merge, resolve
 from retool.records import Group, TrainSample
 from retool.rollout.dynamic import mixed
@@ -51,6 +60,7 @@ class Tape:
     kind: list[list[Tensor]] = field(default_factory=lambda: [[]])
     clipped: list[float] = field(default_factory=lambda: [0.0])
     tokens: list[float] = field(default_factory=lambda: [0.0])
+    final: Finalized | None = None
 
     def next(self) -> None:
         """A pass is over."""
@@ -62,24 +72,30 @@ class Tape:
 
 @dataclass(frozen=True)
 class Recorded(Objective):
-    """An objective that notes, for each action token, the derivative of the loss by its log-probability."""
+    """An objective that notes, for each action token, the derivative of the loss by its log-probability; the KL to the
+    reference, which pulls at every token alike, is left out of that."""
 
     tape: Tape = field(default_factory=Tape)
 
+    def finalize(
+        self, batch: Batch, state: ObjectiveState, now: Forward | None = None, critic_only: bool = False
+    ) -> Finalized:
+        final = super().finalize(batch, state, now, critic_only)
+        self.tape.final = final
+        return final
+
     def loss(self, batch: Batch, forward: Forward, names: frozenset[str] | None = None) -> dict[str, Tensor]:
+        numerators = super().loss(batch, forward, names)
         tape, logp = self.tape, forward.logp
-        if logp is not None and logp.requires_grad:
-            kinds = token_kinds(batch)
-            action = batch["action"].cpu()
-            weights, marks = tape.weight[-1], tape.kind[-1]
-
-            def note(gradient: Tensor) -> None:
-                weights.append(gradient.detach().cpu().double()[action])
-                marks.append(kinds[action])
-
-            logp.register_hook(note)
+        if logp is not None and logp.requires_grad and tape.final is not None:
+            zero = logp.sum() * 0.0
+            total = sum((tape.final.scale(n) * x for n, x in numerators.items() if n != "kl"), start=zero)
+            action = batch["action"]
+            (gradient,) = torch.autograd.grad(total, logp, retain_graph=True)
+            tape.weight[-1].append(gradient[action].cpu().double())
+            tape.kind[-1].append(token_kinds(batch)[action.cpu()])
             tape.tokens[-1] += float(action.sum())
-        return super().loss(batch, forward, names)
+        return numerators
 
     def diagnostics(self, batch: Batch, forward: Forward, names: frozenset[str]) -> dict[str, Tensor]:
         out = super().diagnostics(batch, forward, names)
@@ -90,9 +106,10 @@ class Recorded(Objective):
 
 @dataclass(frozen=True)
 class Row:
-    """One objective's figures. `effective`: action tokens with a gradient. `spread`: (Σ|w|)²/Σw², the number of equally
-    heavy tokens that would weigh as much. `shares`: of Σ|w| by token kind. `clipped`, `effective_after`: after one real
-    step; None where the objective makes only one. `notes`: what had to be left out or mapped."""
+    """One objective's figures. `effective`: action tokens that a term other than the KL to the reference pulls at.
+    `spread`: (Σ|w|)²/Σw², the number of equally heavy tokens that would weigh as much. `shares`: of Σ|w| by token kind.
+    `clipped`, `effective_after`: after one real step; None where the objective makes only one. `notes`: what had to be
+    left out or mapped."""
 
     name: str
     family: str

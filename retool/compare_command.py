@@ -117,7 +117,8 @@ def comparison_page(result: Comparison) -> Page:
         "Objectives on the same rollouts",
         f"{result.trajectories} trajectories of step {steps} of {result.run}, weights of {result.weights}. "
         f"{age_note(result)}Every objective saw the same trajectories, weights and micro-batches. A token's weight is "
-        "the derivative of the loss by its log-probability; spread is (sum |w|)^2 / sum w^2.",
+        "the derivative of the loss, without the KL to the reference, by its log-probability; spread is (sum |w|)^2 / "
+        "sum w^2.",
     )
     page.tables = [("Gradients and tokens", HEADER, figures(result))] if result.rows else []
     notes = [[r.name, note] for r in result.rows for note in r.notes]

@@ -17,14 +17,13 @@ from typing import Any
 
 import torch
 
-import retool.objectives
 from retool.config import Recipe
 from retool.demonstrations import ptx_samples
 from retool.errors import UserError
 from retool.evaluate import evaluate, scorecard
 from retool.learner import Learner
 from retool.models import load_model, load_tokenizer
-from retool.objectives import build_objective
+from retool.objectives import build_objective, priorities
 from retool.pretrain import pretrain
 from retool.problems import load_problems
 from retool.protocols import build_protocol
@@ -149,12 +148,9 @@ class _Loop:
 
 
 def problem_weights(learner: Learner) -> Mapping[str, float] | None:
-    """Priorities of problems by `problem_key`, from what the objective remembers (`retool.objectives.priorities`);
-    None where it keeps none: all are equal."""
-    if learner.recipe.rollout.priority == "none":
-        return None
-    hook = getattr(retool.objectives, "priorities", None)
-    return hook(learner.state) if hook is not None else None
+    """Priorities of problems (`retool.rollout.dynamic.weight_key`), from what the objective remembers; empty where it
+    keeps none: all are equal."""
+    return None if learner.recipe.rollout.priority == "none" else priorities(learner.state)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from retool.config import Recipe
 from retool.objectives.advantages import SAME
-from retool.objectives.keyed import key_of
+from retool.objectives.keyed import key_of, problem_key
 from retool.records import Group, Problem
 from retool.rollout.log import RolloutLog
 
@@ -69,7 +69,7 @@ class Draw:
         return {"cursor": self.cursor, "carried": [g.id for g in self.carried]} if self.remembers else None
 
     async def step(self, step: int, version: int, weights: Weights | None = None) -> Drawn:
-        """`version`: of the policy now. `weights`: of problems by `problem_key`, for `rollout.priority: tracker`."""
+        """`version`: of the policy now. `weights`: of problems by `weight_key`, for `rollout.priority: tracker`."""
         rollout = self.recipe.rollout
         if not self.remembers:
             problems = self._next(step, 0, rollout.prompts, weights, [], step * rollout.prompts)
@@ -139,9 +139,9 @@ def problems_from(problems: Sequence[Problem], start: int, count: int, seed: int
     return out
 
 
-def problem_key(problem: Problem) -> str:
+def weight_key(problem: Problem) -> str:
     """The name under which objectives know a problem: the batch's column `problem`, as text."""
-    return str(key_of("problem", problem.id))
+    return str(problem_key(problem.id))
 
 
 def by_priority(
@@ -154,7 +154,7 @@ def by_priority(
     most = max(weights.values(), default=1.0)
 
     def rank(problem: Problem) -> tuple[bool, float]:
-        weight = max(float(weights.get(problem_key(problem), most)), 1e-9)
+        weight = max(float(weights.get(weight_key(problem), most)), 1e-9)
         u = ((key_of("priority", *key, problem.id) & ((1 << 53) - 1)) + 0.5) / (1 << 53)
         return (problem.id not in used, math.log(u) / weight)
 

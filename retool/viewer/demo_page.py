@@ -59,6 +59,7 @@ def rl_charts(metrics: Sequence[dict[str, float]]) -> list[str]:
         ("Tool use", {**series(code="rollout/code_ratio"), **series(**{"calls that ran": "rollout/calls_ok"})}, True),
         ("Length (tokens)", series(all="rollout/length", **{"written by the model": "rollout/model_length"}), False),
         ("Entropy", series(entropy="entropy"), False),
+        ("Share of sampled groups that are mixed", series(mixed="dynamic/mixed"), True),
     )
     return [line_chart(title, data, bounded=bounded) for title, data, bounded in wanted if data]
 

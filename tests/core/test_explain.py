@@ -54,7 +54,7 @@ def test_the_table_says_what_each_needs(capsys: pytest.CaptureFixture[str]) -> N
     [
         ("rollout.group_sise", "rollout.group_size"),
         ("objective.select.shar", "objective.select.share"),
-        ("gpro", "grpo"),
+        ("rlooo", "rloo"),
         ("ppo_rlfh", "ppo_rlhf"),
         ("max_stalenes", "rollout.dynamic.max_staleness"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from retool.records import Group, Problem, RewardResult, Trajectory
-from retool.rollout.dynamic import Draw, by_priority, mixed, problem_key, problems_from, sampled_at
+from retool.rollout.dynamic import Draw, by_priority, mixed, problems_from, sampled_at, weight_key
 from retool.rollout.log import RolloutLog
 from retool.transcript import Span, Transcript
 from tests.rollout.world import problem, recipe
@@ -161,7 +161,7 @@ async def test_without_dynamic_sampling_a_step_is_a_slice_of_the_order(make: Mak
 
 
 def test_priorities_are_drawn_without_replacement_by_weight() -> None:
-    weights = {problem_key(p): 8.0 if p.id in ("p3", "p4") else 0.2 for p in PROBLEMS}
+    weights = {weight_key(p): 8.0 if p.id in ("p3", "p4") else 0.2 for p in PROBLEMS}
     counts = dict.fromkeys((p.id for p in PROBLEMS), 0)
     for step in range(400):
         picked = by_priority(PROBLEMS, weights, 4, (1, step, 0))
@@ -179,7 +179,7 @@ def test_priorities_are_drawn_without_replacement_by_weight() -> None:
 
 
 def test_an_unseen_problem_counts_as_the_heaviest() -> None:
-    weights = {problem_key(p): 0.01 for p in PROBLEMS[:-1]} | {problem_key(PROBLEMS[0]): 5.0}
+    weights = {weight_key(p): 0.01 for p in PROBLEMS[:-1]} | {weight_key(PROBLEMS[0]): 5.0}
     hits = sum(PROBLEMS[-1] in by_priority(PROBLEMS, weights, 2, (0, step, 0)) for step in range(200))
     assert hits > 150
 
