@@ -34,8 +34,10 @@ class FormatConfig(Section):
     @model_validator(mode="after")
     def _tags_are_tags(self) -> FormatConfig:
         flat = [t for pair in self.tags for t in pair]
-        if not flat or any(not t.strip() for t in flat) or any(
-            a in b for i, a in enumerate(flat) for j, b in enumerate(flat) if i != j
+        if (
+            not flat
+            or any(not t.strip() for t in flat)
+            or any(a in b for i, a in enumerate(flat) for j, b in enumerate(flat) if i != j)
         ):
             raise ValueError(f"tags must be given, differ, and not contain one another: {flat}")
         return self
@@ -126,18 +128,21 @@ class UnitTestsConfig(Section):
 
 
 class LabelsConfig(Section):
-    """What the judge says. Each string is one token for the judge; blanks around it do not count."""
+    """What the judge says. Each string is one token for the judge; blanks around it do not count. In YAML put quotes
+    around them: a bare YES is a boolean there."""
 
-    yes: tuple[str, ...] = ("YES", "Yes", "yes")
+    right: tuple[str, ...] = ("YES", "Yes", "yes")
     """Right; their probabilities are added up."""
-    no: tuple[str, ...] = ("NO", "No", "no")
+    wrong: tuple[str, ...] = ("NO", "No", "no")
     """Wrong."""
 
     @model_validator(mode="after")
     def _apart(self) -> LabelsConfig:
-        yes, no = ({s.strip() for s in side} for side in (self.yes, self.no))
+        yes, no = ({s.strip() for s in side} for side in (self.right, self.wrong))
         if not yes or not no or "" in yes | no or yes & no:
-            raise ValueError(f"labels: yes {self.yes} and no {self.no} must both be given and have nothing in common")
+            raise ValueError(
+                f"labels: right {self.right} and wrong {self.wrong} must both be given and have nothing in common"
+            )
         return self
 
 

@@ -213,9 +213,13 @@ async def test_a_trajectory_gets_all_its_parts_and_the_clip() -> None:
     mine.transcript = Transcript([prompt, said, Span("tool", (4,) * 50, kind="observation")])
     async with Rewarder(config, protocol()) as rewarder:
         result = await rewarder.score(mine)
-        assert result.parts == pytest.approx({"answer": 1, "calls": 0, "format": 0.2, "language": 0.1, "overlong": -0.2})
+        assert result.parts == pytest.approx(
+            {"answer": 1, "calls": 0, "format": 0.2, "language": 0.1, "overlong": -0.2}
+        )
         assert result.score == 0.9  # 1.1, clipped
-    counting_all = config.model_copy(update={"overlong": OverlongConfig(max_tokens=8, buffer=4, factor=0.4, count="all")})
+    counting_all = config.model_copy(
+        update={"overlong": OverlongConfig(max_tokens=8, buffer=4, factor=0.4, count="all")}
+    )
     async with Rewarder(counting_all, protocol()) as rewarder:
         assert (await rewarder.score(mine)).parts["overlong"] == pytest.approx(-0.4)
 
@@ -226,7 +230,13 @@ async def test_a_trajectory_gets_all_its_parts_and_the_clip() -> None:
         ({"verifier": "judge"}, "needs reward.judge"),
         ({"judge": {"url": "http://x/v1", "model": "m"}}, "not used"),
         ({"verifier": "judge", "judge": {"url": "x", "model": "m"}}, "http"),
-        ({"verifier": "judge", "judge": {"url": "http://x", "model": "m", "labels": {"yes": ["1 "], "no": ["1"]}}}, "common"),
+        (
+            {
+                "verifier": "judge",
+                "judge": {"url": "http://x", "model": "m", "labels": {"right": ["1 "], "wrong": ["1"]}},
+            },
+            "common",
+        ),
         ({"verifier": "judge", "judge": {"url": "http://x", "model": "m", "thinking": {}}}, "cascade"),
         ({"verifier": "judge", "judge": {"url": "http://x", "model": "m", "prompt": "{answer}"}}, "reference"),
         ({"verifier": "judge", "judge": {"url": "http://x", "model": "m"}, "format": {"weight": 0.01}}, "soft scores"),

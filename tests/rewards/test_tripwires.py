@@ -70,7 +70,11 @@ PROGRAMS = {
         "import atexit\natexit.register(f)",
         "import json\njson.dumps = f",
     ],
-    "file_access": ["open('tests.txt').read()", "import os\nos.listdir('.')", "from pathlib import Path\nPath('x').read_text()"],
+    "file_access": [
+        "open('tests.txt').read()",
+        "import os\nos.listdir('.')",
+        "from pathlib import Path\nPath('x').read_text()",
+    ],
     "sleeps": ["import time\ntime.sleep(100)", "while True: pass"],
     "swallows_errors": ["try:\n    f()\nexcept:\n    pass", "try:\n    f()\nexcept Exception: pass"],
     "hard_coded": ["t = {'aa': 'xx', 'bb': 'yy', 'cc': 'zz'}"],
