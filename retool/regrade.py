@@ -19,6 +19,7 @@ from retool.rewards import Rewarder
 from retool.rollout.log import RolloutLog
 from retool.run_folder import RECIPE, ROLLOUTS
 from retool.workshop import make_sandbox
+from sandbox.types import Sandbox
 
 
 def unknown(trajectory: Trajectory) -> bool:
@@ -40,8 +41,9 @@ async def regrade(run: Path, overrides: Sequence[str] = ()) -> dict[str, int]:
     counts: Counter[str] = Counter(right=0, wrong=0, unknown=0)
     async with AsyncExitStack() as stack:
         log = stack.enter_context(RolloutLog(run / ROLLOUTS))
-        needs_box = recipe.reward.verifier == "unit_tests"
-        box = await stack.enter_async_context(make_sandbox(recipe.sandbox)) if needs_box else None
+        box: Sandbox | None = None
+        if recipe.reward.verifier == "unit_tests":
+            box = await stack.enter_async_context(make_sandbox(recipe.sandbox))
         rewarder = await stack.enter_async_context(Rewarder(recipe.reward, build_protocol(recipe.protocol), box))
         for group in log:
             for trajectory in filter(unknown, group.trajectories):

@@ -108,7 +108,7 @@ def _calls(facts: Facts, config: RewardConfig) -> float | None:
 
 
 def _format(facts: Facts, config: RewardConfig) -> float | None:
-    return config.format and config.format.weight * format_share(facts.text, config.format)
+    return None if config.format is None else config.format.weight * format_share(facts.text, config.format)
 
 
 def _language(facts: Facts, config: RewardConfig) -> float | None:

@@ -32,6 +32,7 @@ from retool.transcript import Span, Transcript
 from tests.rewards.conftest import boxed, protocol, trajectory
 
 R1 = FormatConfig()
+SAME_LABELS = {"right": ["1 "], "wrong": ["1"]}
 WELL_FORMED = "<think>\n2 and 2\n</think>\n<answer>\n\\boxed{4}\n</answer>"
 
 
