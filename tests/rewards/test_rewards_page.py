@@ -52,6 +52,11 @@ def test_what_reward_and_objective_cannot_do_together() -> None:
         validate(recipe(reward={"zscore": "batch"}))
     with pytest.raises(UserError, match=r"protocol\.boxed"):
         validate(recipe(reward={"verifier": "unit_tests"}))
+    overlong = {"overlong": {"max_tokens": 20480, "buffer": 4096}}  # of no account for short responses
+    validate(recipe(reward=overlong, rollout={"max_tokens": 110}))
+    validate(recipe(reward={**overlong, "wrong": -1}, rollout={"max_tokens": 20480}))
+    with pytest.raises(UserError, match=r"20480 tokens.*right_wins"):
+        validate(recipe(reward=overlong, rollout={"max_tokens": 20480}))
     warnings = validate(recipe(reward={"wrong": -1, "tool_bonus": {}}))
     assert any("call for its own sake" in w for w in warnings)
     filtered = {"preset": "grpo", "filter": {"kind": "drop"}}
