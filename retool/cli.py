@@ -302,6 +302,18 @@ def sandbox_attack(
     raise typer.Exit(attack(tier, only, as_json))
 
 
+@app.command()
+def regrade(
+    run: Annotated[Path, typer.Argument(help="Folder of an RL run.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Ask the verifier again about trajectories whose reward stayed unknown, and write the verdicts to the log."""
+    from retool.regrade import regrade as run_regrade
+
+    counts = asyncio.run(run_regrade(run, overrides or []))
+    console.print(", ".join(f"{n} {name}" for name, n in counts.items()), markup=False)
+
+
 @data_app.command("generate")
 def data_generate(recipe: RecipeArg, overrides: Overrides = None) -> None:
     """Write cold-start traces; every code block is executed, every answer verified. Resumable."""

@@ -70,6 +70,11 @@ class OverlongConfig(Section):
             raise ValueError(f"buffer ({self.buffer}) must not exceed max_tokens ({self.max_tokens})")
         return self
 
+    def penalty(self, length: int) -> float:
+        """What a response of so many tokens gets, in [-factor, 0]."""
+        excess = length - (self.max_tokens - self.buffer)
+        return -self.factor * min(excess / self.buffer, 1.0) if excess > 0 else 0.0
+
 
 class ToolBonusConfig(Section):
     """verl's bonus for tool calls of *wrong* answers. Not in the paper, not potential-based; it teaches calling for its
@@ -128,18 +133,21 @@ class UnitTestsConfig(Section):
 
 
 class LabelsConfig(Section):
-    """What the judge says. Each string is one token for the judge; blanks around it do not count."""
+    """What the judge says. Each string is one token for the judge; blanks around it do not count. In YAML put quotes
+    around them: a bare YES is a boolean there."""
 
-    yes: tuple[str, ...] = ("YES", "Yes", "yes")
+    right: tuple[str, ...] = ("YES", "Yes", "yes")
     """Right; their probabilities are added up."""
-    no: tuple[str, ...] = ("NO", "No", "no")
+    wrong: tuple[str, ...] = ("NO", "No", "no")
     """Wrong."""
 
     @model_validator(mode="after")
     def _apart(self) -> LabelsConfig:
-        yes, no = ({s.strip() for s in side} for side in (self.yes, self.no))
+        yes, no = ({s.strip() for s in side} for side in (self.right, self.wrong))
         if not yes or not no or "" in yes | no or yes & no:
-            raise ValueError(f"labels: yes {self.yes} and no {self.no} must both be given and have nothing in common")
+            raise ValueError(
+                f"labels: right {self.right} and wrong {self.wrong} must both be given and have nothing in common"
+            )
         return self
 
 
@@ -263,10 +271,10 @@ class RewardConfig(Section):
             return self.tests.fraction
         return self.verifier in ("judge", "cascade") and self.judge is not None and self.judge.soft != "binary"
 
-    def bounds(self) -> tuple[float, float]:
-        """(lowest score of a right answer, highest score of a wrong one), both in [wrong, correct] before additions."""
+    def bounds(self, longest: int) -> tuple[float, float]:
+        """(lowest score of a right answer, highest score of a wrong one) of responses of at most `longest` tokens."""
         extra = sum(part.weight for part in (self.format, self.language) if part is not None)
-        loss = (self.overlong.factor if self.overlong else 0.0) + (self.turns.cap if self.turns else 0.0)
+        loss = (self.turns.cap if self.turns else 0.0) - (self.overlong.penalty(longest) if self.overlong else 0.0)
         right = self.correct - self.max_call_cost - loss
         wrong = self.wrong + extra + (self.tool_bonus.cap if self.tool_bonus else 0.0)
         if self.soft:  # only the order of the soft scores is left, and any addition may turn it round
@@ -284,14 +292,20 @@ class RewardConfig(Section):
             )
         if self.clip is not None and self.clip[0] >= self.clip[1]:
             raise ValueError(f"clip {self.clip} must be two ascending numbers")
-        right, wrong = self.bounds()
-        if self.right_wins and right <= wrong:
-            raise ValueError(
-                f"with these parts a right answer may score {right:g} and a wrong one {wrong:g}: lower weights, factor "
-                "or caps, widen correct - wrong, or set right_wins: false"
-                + (" (soft scores leave no room for additions)" if self.soft else "")
-            )
+        if why := self.overlap(0):
+            raise ValueError(why)
         return self
+
+    def overlap(self, longest: int) -> str:
+        """How a wrong answer could score as much as a right one, against `right_wins`; empty when it cannot."""
+        right, wrong = self.bounds(longest)
+        if not self.right_wins or right > wrong:
+            return ""
+        return (
+            f"with these parts a right answer may score {right:g} and a wrong one {wrong:g}: lower weights, factor or "
+            "caps, widen correct - wrong, or set right_wins: false"
+            + (" (soft scores leave no room for additions)" if self.soft else "")
+        )
 
     @model_validator(mode="after")
     def _fits_together(self) -> RewardConfig:
@@ -311,6 +325,8 @@ class RewardConfig(Section):
 def reward_errors(recipe: Recipe) -> Iterator[str]:
     """What a reward and the rest of a recipe cannot do together."""
     reward, o = recipe.reward, recipe.objective
+    if why := reward.overlap(recipe.rollout.max_tokens):
+        yield f"reward, responses of {recipe.rollout.max_tokens} tokens (rollout.max_tokens): {why}"
     group_std = o.advantage.kind == "zscore"
     if reward.zscore == "batch" and group_std and o.advantage.std != "none":
         yield (

@@ -130,8 +130,8 @@ class Judge:
             "question": problem.prompt[:_LONGEST_QUESTION],
             "reference": problem.answer,
             "answer": answer,
-            "yes": labels.yes[0].strip(),
-            "no": labels.no[0].strip(),
+            "yes": labels.right[0].strip(),
+            "no": labels.wrong[0].strip(),
         }
         return _FIELD.sub(lambda m: fields[m[1]], template)
 
@@ -147,7 +147,7 @@ class Judge:
         if config.soft != "binary":
             body |= {"logprobs": True, "top_logprobs": config.top_logprobs}
         token, alternatives = await self._post(config.url, body, _first_token if config.soft != "binary" else _word)
-        yes, no = (label_mass(alternatives, labels) for labels in (config.labels.yes, config.labels.no))
+        yes, no = (label_mass(alternatives, labels) for labels in (config.labels.right, config.labels.wrong))
         score = soft_score(said(token, config.labels), yes, no, config.soft)
         if score is None:
             self._counters["judge_unparsable"] += 1

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from retool.config.reward import FormatConfig, OverlongConfig, RewardConfig, ToolBonusConfig, TurnsConfig
+from retool.config.reward import FormatConfig, RewardConfig, ToolBonusConfig, TurnsConfig
 from retool.records import ToolCall
 
 _SCRIPTS = {
@@ -72,12 +72,6 @@ def format_share(text: str, config: FormatConfig) -> float:
     return 0.0 if body[at:].strip() else 1.0
 
 
-def overlong_penalty(length: int, config: OverlongConfig) -> float:
-    """DAPO's R_length (2503.14476, eq. 13): 0, then linear over the buffer down to -factor."""
-    excess = length - (config.max_tokens - config.buffer)
-    return -config.factor * min(max(excess / config.buffer, 0.0), 1.0) if excess > 0 else 0.0
-
-
 def tool_bonus(calls: int, config: ToolBonusConfig) -> float:
     """What a wrong answer earns for its calls in verl's recipe, and in slime's version of it (A §1.8.1)."""
     counted = calls if config.count == "verl" else (calls - 2) / 2
@@ -108,7 +102,7 @@ def _calls(facts: Facts, config: RewardConfig) -> float | None:
 
 
 def _format(facts: Facts, config: RewardConfig) -> float | None:
-    return config.format and config.format.weight * format_share(facts.text, config.format)
+    return None if config.format is None else config.format.weight * format_share(facts.text, config.format)
 
 
 def _language(facts: Facts, config: RewardConfig) -> float | None:
@@ -124,7 +118,7 @@ def _overlong(facts: Facts, config: RewardConfig) -> float | None:
     if config.overlong is None:
         return None
     length = facts.action_tokens if config.overlong.count == "action" else facts.all_tokens
-    return overlong_penalty(length, config.overlong)
+    return config.overlong.penalty(length)
 
 
 def _tool_bonus(facts: Facts, config: RewardConfig) -> float | None:

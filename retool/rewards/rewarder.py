@@ -121,7 +121,7 @@ class Rewarder:
         if config.shaping is not None and self._potential is not None:
             name, gamma = config.shaping.potential, config.shaping.gamma
             shaped = turn_shaping(trajectory, turns, self._potential, gamma, name)
-            parts["shaping"] = -self._potential(trajectory, 0)
+            parts["shaping"] = 0.0 - self._potential(trajectory, 0)
             score += parts["shaping"]
             per_turn = [a + b for a, b in zip(per_turn, shaped)]
         turn_rewards: tuple[float, ...] = ()

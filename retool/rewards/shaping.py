@@ -1,8 +1,8 @@
 """Potential-based shaping over the turns of a trajectory (Ng, Harada, Russell 1999; A §10.1).
 
 Turn k = 1..T earns F_k = γ Φ(s_k) - Φ(s_{k-1}), s_k being the state after k turns. Φ of the last state is 0 whatever
-the potential says, truncated episodes included; otherwise it would be a real reward. So Σ γ^(k-1) F_k = -Φ(s_0), the same
-for all trajectories of a problem: the order of policies stays, and group baselines cancel it exactly.
+the potential says, truncated episodes included; otherwise it would be a real reward. So Σ γ^(k-1) F_k = -Φ(s_0), the
+same for all trajectories of a problem: the order of policies stays, and group baselines cancel it exactly.
 """
 
 from __future__ import annotations

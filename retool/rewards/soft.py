@@ -21,9 +21,9 @@ def label_mass(alternatives: Mapping[str, float], labels: Iterable[str]) -> floa
 def said(token: str, labels: LabelsConfig) -> bool | None:
     """What the token says: True, False, or None when it is no label."""
     bare = token.strip(_BLANKS)
-    if bare in {label.strip(_BLANKS) for label in labels.yes}:
+    if bare in {label.strip(_BLANKS) for label in labels.right}:
         return True
-    return False if bare in {label.strip(_BLANKS) for label in labels.no} else None
+    return False if bare in {label.strip(_BLANKS) for label in labels.wrong} else None
 
 
 def soft_score(verdict: bool | None, yes: float, no: float, mode: SoftMode) -> float | None:

@@ -243,6 +243,9 @@ def test_t10_gspo_token_gradient() -> None:
     close(logp.grad[batch["action"]], free.grad.tolist())
     close(logp.grad[2], 0.0)
     close(sequence_ratio(logp.detach(), batch["logp_old"], batch["action"], batch)[[0, 1, 3, 4]], [1.025315] * 4)
+    alone = ragged([[1], [0, 1]], {"logp_old": [[-1.0], [0.0, -2.0]]})
+    ratios = sequence_ratio(f64([-0.5, 9, -2.5]), alone["logp_old"], alone["action"], alone)
+    close(ratios[[0, 2]], [math.exp(0.5), math.exp(-0.5)])
 
 
 def test_t10_tis_and_mis() -> None:

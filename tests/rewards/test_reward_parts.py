@@ -22,7 +22,6 @@ from retool.rewards.parts import (
     clipped,
     format_share,
     language_share,
-    overlong_penalty,
     parts_of,
     tool_bonus,
     turn_penalties,
@@ -32,6 +31,7 @@ from retool.transcript import Span, Transcript
 from tests.rewards.conftest import boxed, protocol, trajectory
 
 R1 = FormatConfig()
+SAME_LABELS = {"right": ["1 "], "wrong": ["1"]}
 WELL_FORMED = "<think>\n2 and 2\n</think>\n<answer>\n\\boxed{4}\n</answer>"
 
 
@@ -48,8 +48,8 @@ WELL_FORMED = "<think>\n2 and 2\n</think>\n<answer>\n\\boxed{4}\n</answer>"
 )
 def test_tv_overlong(longest: int, buffer: int, length: int, expected: float) -> None:
     config = OverlongConfig(max_tokens=longest, buffer=buffer)
-    assert overlong_penalty(length, config) == pytest.approx(expected, abs=1e-12)
-    assert overlong_penalty(length, config.model_copy(update={"factor": 0.5})) == pytest.approx(expected / 2, abs=1e-12)
+    assert config.penalty(length) == pytest.approx(expected, abs=1e-12)
+    assert config.model_copy(update={"factor": 0.5}).penalty(length) == pytest.approx(expected / 2, abs=1e-12)
 
 
 def test_tv_toolbonus() -> None:
@@ -192,6 +192,8 @@ def test_no_wrong_answer_outscores_a_right_one_whatever_the_parts(
         )
     except ValidationError:
         return
+    if config.overlap(longest=30):
+        return
     scores = []
     for accuracy, (text, calls, length) in ((1.0, right), (0.0, other)):
         facts = Facts(accuracy, accuracy, text, text, calls, length, length)
@@ -231,14 +233,17 @@ async def test_a_trajectory_gets_all_its_parts_and_the_clip() -> None:
         ({"judge": {"url": "http://x/v1", "model": "m"}}, "not used"),
         ({"verifier": "judge", "judge": {"url": "x", "model": "m"}}, "http"),
         (
-            {"verifier": "judge", "judge": {"url": "http://x", "model": "m", "labels": {"yes": ["1 "], "no": ["1"]}}},
+            {
+                "verifier": "judge",
+                "judge": {"url": "http://x", "model": "m", "labels": {"right": ["1 "], "wrong": ["1"]}},
+            },
             "common",
         ),
         ({"verifier": "judge", "judge": {"url": "http://x", "model": "m", "thinking": {}}}, "cascade"),
         ({"verifier": "judge", "judge": {"url": "http://x", "model": "m", "prompt": "{answer}"}}, "reference"),
         ({"verifier": "judge", "judge": {"url": "http://x", "model": "m"}, "format": {"weight": 0.01}}, "soft scores"),
         ({"overlong": {"max_tokens": 10, "buffer": 11}}, "must not exceed"),
-        ({"overlong": {"max_tokens": 10, "buffer": 5}}, "right_wins"),
+        ({"turns": {"cap": 1.0}}, "right_wins"),
         ({"clip": [1, 0]}, "ascending"),
         ({"shaping": {}, "shuffle": True}, "single turns"),
         ({"format": {"tags": [["<a>", "<a>"]]}}, "differ"),
