@@ -76,7 +76,7 @@ async def generate(
         raise DataError(f"cannot write to {out.parent} ({error.strerror}); choose another run folder") from error
     resumed = len(partial.rows)
     with partial:
-        async with Rewarder(recipe.reward, codec.protocol) as rewarder:
+        async with Rewarder(recipe.reward, codec.protocol, sandbox) as rewarder:
             writer = _Writer(recipe, recipe.data, sandbox, codec, rewarder, partial, problems, progress)
             await writer.run()
     traces = [Trace.from_row(row["trace"]) for p in problems if "trace" in (row := partial.rows[p.id])]

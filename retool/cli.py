@@ -78,8 +78,21 @@ def train(
 
     for warning in validate(resolved):
         errors.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+    def pretrained(rollout: int, metrics: dict[str, float]) -> None:
+        if "held_out/explained_variance" in metrics:
+            found = metrics["held_out/explained_variance"]
+            console.print(f"value pretraining, rollout {rollout}: held-out explained variance {found:.3f}")
+
     with bar("RL", resolved.steps) as progress:
-        result = asyncio.run(run(resolved, resume=resume, on_step=lambda s, m: progress.update(s + 1, metrics_line(m))))
+        result = asyncio.run(
+            run(
+                resolved,
+                resume=resume,
+                on_step=lambda s, m: progress.update(s + 1, metrics_line(m)),
+                on_pretrain=pretrained,
+            )
+        )
     for done, card in result.evaluations.items():
         console.print(f"after {done} steps: accuracy {card['accuracy']:.3f} on {card['problems']} held-out problems")
     console.print(f"model: {result.folder.model}\nreport: retool view {result.folder.path}", markup=False)
@@ -95,6 +108,8 @@ def sft(recipe: RecipeArg, overrides: Overrides = None, resume: Resume = False) 
     resolved = load_recipe(recipe, overrides or [])
     with bar("SFT", resolved.sft.steps if resolved.sft else 1) as progress:
         result = run(resolved, resume=resume, on_step=lambda s, m: progress.update(s + 1, metrics_line(m)))
+    if result.held_out is not None:
+        console.print(f"held-out accuracy of the reward model: {result.held_out:.3f}")
     console.print(f"model: {result.folder.model}", markup=False)
 
 
@@ -107,13 +122,54 @@ def eval_(
     k: Annotated[int, typer.Option(min=1, help="Samples a problem.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Evaluate only so many problems.")] = None,
     no_tool: Annotated[bool, typer.Option("--no-tool", help="Ban the string that opens a call.")] = False,
+    fork_temperature: Annotated[
+        float | None, typer.Option(min=0, help="Temperature at tokens of high entropy (default: the recipe's).")
+    ] = None,
+    rest_temperature: Annotated[float | None, typer.Option(min=0, help="Temperature at all other tokens.")] = None,
+    fork_entropy: Annotated[float | None, typer.Option(min=0, help="Nats that make a fork; default 0.672.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write figures and trajectories to this JSON file.")] = None,
     show: Annotated[int, typer.Option(min=0, help="Print so many whole trajectories.")] = 0,
 ) -> None:
     """Evaluate a model on held-out problems, with the tool or without it."""
     from retool.eval_command import run_eval
 
-    run_eval(model, problems, overrides or [], recipe=recipe, k=k, limit=limit, tool=not no_tool, out=out, show=show)
+    probe = {"fork_temperature": fork_temperature, "rest_temperature": rest_temperature, "fork_entropy": fork_entropy}
+    more = [f"eval.{key}={value}" for key, value in probe.items() if value is not None]
+    run_eval(
+        model,
+        problems,
+        [*(overrides or []), *more],
+        recipe=recipe,
+        k=k,
+        limit=limit,
+        tool=not no_tool,
+        out=out,
+        show=show,
+    )
+
+
+@app.command()
+def compare(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    objectives: Annotated[str, typer.Option(help="Names of presets, with commas; `all` takes every one.")],
+    steps: Annotated[str | None, typer.Option(help="Steps of the run, from 0, with commas.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for page, JSON and plot; default RUN/compare.")] = None,
+) -> None:
+    """Several objectives on the same stored rollouts: gradients, tokens that count, what is clipped.
+
+    Example: retool compare runs/mine --objectives grpo,dapo,vapo
+    """
+    from retool.compare_command import run_compare
+    from retool.objectives import PRESETS
+
+    names = list(PRESETS) if objectives.strip() == "all" else [n.strip() for n in objectives.split(",") if n.strip()]
+    try:
+        chosen = None if steps is None else [int(s) for s in steps.split(",")]
+    except ValueError:
+        raise UserError(f"--steps {steps!r}: write numbers with commas, e.g. 40,41") from None
+    if not names:
+        raise UserError("--objectives names none; `retool objectives` lists them")
+    run_compare(run, names, chosen, out)
 
 
 @app.command()
@@ -136,8 +192,8 @@ def objectives(as_json: Annotated[bool, typer.Option("--json", help="Machine-rea
 
 
 @app.command()
-def explain(key: Annotated[str, typer.Argument(help="Dotted recipe key, e.g. rollout.group_size")]) -> None:
-    """What a recipe key means, its type and its default."""
+def explain(key: Annotated[str, typer.Argument(help="Recipe key or preset, e.g. rollout.group_size, dapo")]) -> None:
+    """What a recipe key means, its type and its default; or what a preset is."""
     from retool.explain import print_key
 
     print_key(key)
@@ -244,6 +300,18 @@ def sandbox_attack(
     from retool.attack_command import attack
 
     raise typer.Exit(attack(tier, only, as_json))
+
+
+@app.command()
+def regrade(
+    run: Annotated[Path, typer.Argument(help="Folder of an RL run.", show_default=False)],
+    overrides: Overrides = None,
+) -> None:
+    """Ask the verifier again about trajectories whose reward stayed unknown, and write the verdicts to the log."""
+    from retool.regrade import regrade as run_regrade
+
+    counts = asyncio.run(run_regrade(run, overrides or []))
+    console.print(", ".join(f"{n} {name}" for name, n in counts.items()), markup=False)
 
 
 @data_app.command("generate")

@@ -10,13 +10,13 @@ from rich.markup import escape
 from data_gen import Report, generate, inspect
 from retool.config import Recipe
 from retool.console import bar, console, table
+from retool.demonstrations import default_traces
 from retool.errors import UserError
 from retool.files import writable_folder
 from retool.models import load_tokenizer
 from retool.problems import load_problems
 from retool.protocols import build_protocol
 from retool.protocols.codec import Codec
-from retool.sft import default_traces
 from retool.train import tags_of
 from retool.workshop import make_sandbox
 

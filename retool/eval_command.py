@@ -17,7 +17,7 @@ from retool.files import write_json
 from retool.models import load_model, load_tokenizer
 from retool.problems import load_problems
 from retool.protocols.codec import Codec
-from retool.recipe import load_recipe, resolve
+from retool.recipe import default_recipe, load_recipe
 from retool.records import Trajectory
 from retool.train import set_threads, tags_of
 from retool.viewer.page import trace_view
@@ -56,7 +56,7 @@ def run_eval(
 
     trajectories, codec = asyncio.run(run())
     card = scorecard(trajectories)
-    print_card(card, f"{model}, {'with' if tool else 'without'} the tool")
+    print_card(card, f"{model}, {'with' if tool else 'without'} the tool{probe_note(settings)}")
     for t in trajectories[:show]:
         print_trajectory(t, codec)
     if out is not None:
@@ -65,13 +65,23 @@ def run_eval(
     return card
 
 
+def probe_note(recipe: Recipe) -> str:
+    """What the title of a table says about temperatures that depend on the position."""
+    e = recipe.eval
+    if e.fork_temperature is None and e.rest_temperature is None:
+        return ""
+    fork = e.temperature if e.fork_temperature is None else e.fork_temperature
+    rest = e.temperature if e.rest_temperature is None else e.rest_temperature
+    return f", temperature {fork:g} where the entropy is above {e.fork_entropy:g}, {rest:g} elsewhere"
+
+
 def eval_recipe(
     model: str, problems: Path, overrides: Sequence[str], recipe: Path | None, k: int, limit: int | None
 ) -> Recipe:
     """The recipe of an evaluation: from `--recipe`, or from PROBLEMS when that is a recipe, else the defaults."""
     is_recipe = problems.suffix in (".yaml", ".yml")
     base = recipe or (problems if is_recipe else None)
-    settings = load_recipe(base, overrides) if base is not None else resolve({}, "defaults")
+    settings = load_recipe(base, overrides) if base is not None else default_recipe(overrides)
     if is_recipe:
         held_out = load_recipe(problems).eval.problems if recipe is not None else settings.eval.problems
         if held_out is None:

@@ -33,6 +33,14 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return resolve(raw, where=str(path))
 
 
+def default_recipe(overrides: Sequence[str] = ()) -> Recipe:
+    """The defaults with overrides, without a file. Raises `RecipeError`."""
+    raw: dict[str, Any] = {}
+    for text in overrides:
+        _apply(raw, text)
+    return resolve(raw, where="defaults")
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; a file may name another with `extends:` (relative to itself), whose values it
     overrides."""
@@ -107,7 +115,10 @@ def nearest_key(key: str) -> str | None:
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
+    """The section behind an annotation: of a key, of one of its alternatives, or of the items of a list."""
     options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+    if typing.get_origin(annotation) in (tuple, list):
+        options = typing.get_args(annotation)[:1]
     for option in (annotation, *options):
         if isinstance(option, type) and issubclass(option, BaseModel):
             return option

@@ -41,7 +41,11 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """`accuracy` is what a filter reads (None = the verifier could not decide), `score` what is optimised."""
+    """`accuracy` is what a filter reads (None = the verifier could not decide), `score` what is optimised.
+
+    `turn_rewards`: where rewards are given by turns, one figure for each turn of the policy; together with `score` on
+    the last turn they are what each turn earned. Without discount they add up to 0. Otherwise empty.
+    """
 
     accuracy: float | None
     score: float
@@ -49,6 +53,7 @@ class RewardResult:
     flags: tuple[str, ...] = ()
     verifier: str = ""
     answer: str | None = None
+    turn_rewards: tuple[float, ...] = ()
 
 
 @dataclass
@@ -91,7 +96,12 @@ class Group:
 
 @dataclass(frozen=True)
 class TrainSample:
-    """One row for the learner: a view of a transcript and the columns that objectives may read."""
+    """One row for the learner: a view of a transcript and the columns that objectives may read.
+
+    `problem`: its id, which is the same in every step. `turn_rewards`: see `RewardResult`.
+    `format_penalty`: 1 without an answer, else
+    repeated answers a turn, at most 1.
+    """
 
     id: str
     group: str
@@ -106,3 +116,7 @@ class TrainSample:
     in_baseline: bool = True
     in_loss: bool = True
     truncated: bool = False
+    problem: str = ""
+    turn_rewards: tuple[float, ...] = ()
+    tool_calls: int = 0
+    format_penalty: float = 0.0

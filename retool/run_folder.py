@@ -5,6 +5,7 @@ out/rollouts/             the rollout log (who said what, what was rewarded)
 out/learner.jsonl         what was trained on, step by step, and the metrics
 out/checkpoints/00000010  learner state after 10 steps; `latest` is the highest complete one
 out/model/                the trained policy as a transformers folder
+out/pretrain/, out/critic/  the value pretraining (see retool/pretrain.py) and the critic it made
 """
 
 from __future__ import annotations

@@ -11,22 +11,26 @@ learnt again from it, from the last checkpoint on.
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from retool.config import Recipe
+from retool.demonstrations import ptx_samples
 from retool.errors import UserError
 from retool.evaluate import evaluate, scorecard
 from retool.learner import Learner
 from retool.models import load_model, load_tokenizer
-from retool.objectives import build_objective
+from retool.objectives import build_objective, priorities
+from retool.pretrain import pretrain
 from retool.problems import load_problems
+from retool.protocols import build_protocol
+from retool.protocols.codec import Codec
 from retool.records import Group, Problem
 from retool.rollout.collector import Collector
+from retool.rollout.dynamic import Draw
 from retool.rollout.groups import to_samples
 from retool.rollout.log import RolloutLog
 from retool.rollout.step_ledger import StepLedger
@@ -38,11 +42,13 @@ StepCallback = Callable[[int, dict[str, float]], None]
 
 @dataclass
 class TrainResult:
-    """What a finished run leaves: where the model is, the metrics of each step, evaluations by steps done."""
+    """What a finished run leaves: where the model is, the metrics of each step, evaluations by steps done; metrics of
+    each rollout of the value pretraining, if this call ran it."""
 
     folder: RunFolder
     metrics: list[dict[str, float]] = field(default_factory=list)
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    pretraining: list[dict[str, float]] = field(default_factory=list)
 
 
 def set_threads(recipe: Recipe) -> None:
@@ -56,27 +62,21 @@ def set_threads(recipe: Recipe) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def problems_of_step(problems: Sequence[Problem], step: int, count: int, seed: int) -> list[Problem]:
-    """The `count` problems of a step: passes over the whole set, each pass in its own order. A function of its
-    arguments only, so a resumed run draws the same ones, none skipped and none twice in a pass."""
-    orders: dict[int, list[int]] = {}
-    out: list[Problem] = []
-    for i in range(step * count, (step + 1) * count):
-        epoch, at = divmod(i, len(problems))
-        if epoch not in orders:
-            orders[epoch] = list(range(len(problems)))
-            random.Random(f"problems/{seed}/{epoch}").shuffle(orders[epoch])
-        out.append(problems[orders[epoch][at]])
-    return out
-
-
-async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = None) -> TrainResult:
-    """Run all steps. Raises `UserError` for what the user can mend, `SandboxError` where no sandbox can be had."""
+async def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    on_step: StepCallback | None = None,
+    on_pretrain: StepCallback | None = None,
+) -> TrainResult:
+    """Run all steps, after the value pretraining where the recipe has one (`on_pretrain` sees its rollouts). Raises
+    `UserError` for what the user can mend, `SandboxError` where no sandbox can be had."""
     set_threads(recipe)
     problems = load_problems(recipe.problems)
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe))
     model = load_model(recipe.model, tokenizer, recipe.seed)
-    learner = Learner.create(recipe, build_objective(recipe), model, tokenizer)
+    demos = ptx_samples(recipe, Codec(tokenizer, build_protocol(recipe.protocol)))
+    learner = Learner.create(recipe, build_objective(recipe), model, tokenizer, demos=demos)
     folder = RunFolder(recipe, resume=resume)  # the last thing that can refuse: nothing is half-written
     latest = folder.latest()
     if latest is not None:
@@ -89,6 +89,9 @@ async def train(recipe: Recipe, *, resume: bool = False, on_step: StepCallback |
         result.metrics = [r.metrics for r in ledger.read() if r.metrics is not None]
         async with open_workshop(recipe, learner.policy.model, tokenizer, lockstep=recipe.deterministic) as workshop:
             await workshop.engine.sync(None, learner.version)
+            if latest is None and recipe.objective.critic.pretrain.steps:
+                result.pretraining = await pretrain(recipe, problems, learner, workshop, on_pretrain)
+                learner.save(folder.checkpoint(0))
             loop = _Loop(recipe, problems, learner, workshop, log, ledger)
             for step in range(first, recipe.steps):
                 metrics = await loop.step(step)
@@ -124,19 +127,30 @@ class _Loop:
             workshop.engine, workshop.sandbox, workshop.codec, workshop.rewarder, recipe, log=log
         )
         self.min_usable = 2 if learner.objective.structure.kind == "group" else 1
+        records = ledger.read()
+        self.draw = Draw(recipe, problems, self.collector.collect, log, records[-1].memory if records else None)
 
     async def step(self, step: int) -> dict[str, float]:
-        wanted = problems_of_step(self.problems, step, self.recipe.rollout.prompts, self.recipe.seed)
-        groups = await self.collector.collect(step, wanted, self.learner.version)
+        """Sample, learn, hand the engine the new weights. A step that dynamic sampling leaves without a single group
+        counts, but changes no weight."""
+        drawn = await self.draw.step(step, self.learner.version, problem_weights(self.learner))
         counters = self.collector.counters
-        samples = to_samples(groups, self.min_usable, counters)
-        self.ledger.plan(step, [s.id for s in samples])
-        metrics = {**rollout_metrics(groups), **self.learner.step(samples)}
+        samples = to_samples(drawn.groups, self.min_usable, counters)
+        self.ledger.plan(step, [s.id for s in samples], self.draw.memory())
+        metrics = {**rollout_metrics(drawn.sampled), **drawn.metrics}
+        nothing = not samples and self.recipe.rollout.dynamic.kind != "none"
+        metrics |= {"updates": 0.0, "version": float(self.learner.version)} if nothing else self.learner.step(samples)
         metrics.update({f"count/{name}": float(n) for name, n in counters.items()})
         metrics.update({f"count/verifier_{k}": float(n) for k, n in self.workshop.rewarder.counters.items()})
         self.ledger.finish(step, metrics)
         await self.workshop.engine.sync(None, self.learner.version)
         return metrics
+
+
+def problem_weights(learner: Learner) -> Mapping[str, float] | None:
+    """Priorities of problems (`retool.rollout.dynamic.weight_key`), from what the objective remembers; empty where it
+    keeps none: all are equal."""
+    return None if learner.recipe.rollout.priority == "none" else priorities(learner.state)
 
 
 def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:

@@ -56,7 +56,7 @@ async def open_workshop(
         model, tokenizer, slots=recipe.engine.slots, context=recipe.engine.context, lockstep=lockstep
     )
     try:
-        async with make_sandbox(recipe.sandbox) as sandbox, Rewarder(recipe.reward, protocol) as rewarder:
+        async with make_sandbox(recipe.sandbox) as sandbox, Rewarder(recipe.reward, protocol, sandbox) as rewarder:
             yield Workshop(sandbox, protocol, codec, rewarder, engine)
     finally:
         await engine.close()

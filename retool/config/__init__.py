@@ -3,6 +3,7 @@
 from retool.config.objective import ObjectiveConfig
 from retool.config.recipe import (
     DataConfig,
+    DynamicConfig,
     EngineConfig,
     EvalConfig,
     LearnerConfig,
@@ -10,15 +11,16 @@ from retool.config.recipe import (
     ProblemsConfig,
     ProtocolConfig,
     Recipe,
-    RewardConfig,
     RolloutConfig,
     SandboxConfig,
     SftConfig,
     TinyModelConfig,
 )
+from retool.config.reward import RewardConfig
 
 __all__ = [
     "DataConfig",
+    "DynamicConfig",
     "EngineConfig",
     "EvalConfig",
     "LearnerConfig",

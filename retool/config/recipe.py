@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from retool.config.base import Section
 from retool.config.objective import ObjectiveConfig
+from retool.config.reward import RewardConfig
 
 
 class TinyModelConfig(Section):
@@ -135,40 +136,6 @@ class SandboxConfig(Section):
         return self
 
 
-class RewardConfig(Section):
-    """From a trajectory to its score. A wrong answer never scores as much as a right one."""
-
-    verifier: Literal["math", "exact"] = "math"
-    """`math`: math-verify and sympy in killable workers. `exact`: string equality after trimming."""
-    correct: float = 1.0
-    """Score of a right answer."""
-    wrong: float = 0.0
-    """Score of a wrong answer."""
-    call_cost: float = Field(0.0, ge=0)
-    """Subtracted for each tool call of a *right* answer, up to `max_call_cost`."""
-    max_call_cost: float = Field(0.0, ge=0)
-    """Most that calls may cost; must stay below correct - wrong."""
-    timeout_s: float = Field(10.0, gt=0)
-    """A verifier worker that takes longer is killed; the reward is then unknown after `retries`."""
-    workers: int = Field(1, ge=1)
-    """Verifier processes."""
-    retries: int = Field(1, ge=0)
-    """Tries after a worker was killed or died."""
-    custom: str | None = None
-    """Dotted path `module:function` of your own reward: (trajectory, RewardResult) -> RewardResult.
-    It may break the rule that a right answer outscores a wrong one: that is then yours to keep."""
-    shuffle: bool = False
-    """Control experiment: permute scores over the trajectories of a step."""
-
-    @model_validator(mode="after")
-    def _right_beats_wrong(self) -> RewardConfig:
-        if self.correct - self.max_call_cost <= self.wrong:
-            raise ValueError(
-                f"correct ({self.correct}) - max_call_cost ({self.max_call_cost}) must stay above wrong ({self.wrong})"
-            )
-        return self
-
-
 class EngineConfig(Section):
     """What turns weights into tokens."""
 
@@ -180,6 +147,19 @@ class EngineConfig(Section):
     """Longest trajectory in tokens; default: what the model allows."""
 
 
+class DynamicConfig(Section):
+    """Dynamic sampling (DAPO, 2503.14476): sample on until `rollout.prompts` groups teach something."""
+
+    kind: Literal["none", "accuracy"] = "none"
+    """`accuracy`: only groups with right and wrong answers count, judged on raw accuracy before any shaping."""
+    batch: int | None = Field(None, ge=1)
+    """Problems drawn at once; default: `rollout.prompts`."""
+    max_batches: int = Field(10, ge=1)
+    """After so many batches the step trains with what it has (metric `dynamic/starved`)."""
+    max_staleness: int = Field(0, ge=0)
+    """Surplus groups are used in later steps while the policy is at most so many updates older; 0 discards them."""
+
+
 class RolloutConfig(Section):
     """How trajectories are sampled."""
 
@@ -187,6 +167,13 @@ class RolloutConfig(Section):
     """Problems a step."""
     group_size: int = Field(8, ge=1)
     """Trajectories a problem (G)."""
+    oversample: int = Field(1, ge=1)
+    """Sample so many times `group_size` trajectories a problem; a filter such as `roc` takes G of them."""
+    dynamic: DynamicConfig = DynamicConfig()
+    """Dynamic sampling: more problems until enough groups teach something."""
+    priority: Literal["none", "tracker"] = "none"
+    """`none`: passes over the whole set. `tracker`: problems are drawn by the objective's own estimate of what they
+    teach (`single_stream`); an objective without one draws uniformly."""
     max_turns: int = Field(4, ge=1)
     """Turns of the policy; a call in the last turn is not executed."""
     max_tokens: int = Field(256, ge=1)
@@ -207,6 +194,11 @@ class RolloutConfig(Section):
     """How often a turn that the engine failed is asked for again before the trajectory is dropped."""
     max_failed_share: float = Field(0.5, gt=0, le=1)
     """Stop the run when more than this share of a step's trajectories is lost to infrastructure."""
+
+    @property
+    def members(self) -> int:
+        """Trajectories that are sampled a problem."""
+        return self.group_size * self.oversample
 
 
 class LearnerConfig(Section):
@@ -261,12 +253,18 @@ class DataConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning on traces."""
 
+    head: Literal["language", "pairwise", "pointwise"] = "language"
+    """`language`: the policy imitates traces. `pairwise` and `pointwise`: a reward model (a scalar head) learns to
+    tell right solutions from wrong ones, by pairs or one by one; see docs/objectives.md."""
     data: str | None = None
-    """JSONL of traces; default: what `retool data generate` wrote for this recipe."""
+    """JSONL of traces; default: what `retool data generate` wrote for this recipe. Of a reward model: JSONL of
+    labelled traces or a run folder with rollouts; default: this recipe's run."""
+    held_out: float = Field(0.1, gt=0, lt=1)
+    """Share of the problems on which a reward model is judged and never trained."""
     steps: int = Field(250, ge=1)
     """Optimiser steps."""
     batch_size: int = Field(128, ge=1)
-    """Traces a step."""
+    """Traces (or pairs) a step."""
     lr: float = Field(1e-3, gt=0)
     """Learning rate."""
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -292,6 +290,13 @@ class EvalConfig(Section):
     """Sampling temperature of evaluation; 0 = greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
     """Nucleus of evaluation."""
+    fork_temperature: float | None = Field(None, ge=0)
+    """Temperature at forking tokens, where the entropy at temperature 1 is above `fork_entropy`; default:
+    `temperature`. Inside a call's code it is at most 1."""
+    rest_temperature: float | None = Field(None, ge=0)
+    """Temperature at all other tokens; default: `temperature`."""
+    fork_entropy: float = Field(0.672, ge=0)
+    """Entropy in nats above which a token is a fork (2506.01939: the 80th percentile)."""
 
 
 class Recipe(Section):
@@ -333,3 +338,9 @@ class Recipe(Section):
     """Supervised fine-tuning before RL."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
+
+    @model_validator(mode="after")
+    def _shuffled_scores_are_not_carried(self) -> Recipe:
+        if self.reward.shuffle and self.rollout.dynamic.kind != "none" and self.rollout.dynamic.max_staleness > 0:
+            raise ValueError("reward.shuffle permutes scores within a step: rollout.dynamic.max_staleness must be 0")
+        return self

@@ -26,10 +26,26 @@ class DeadlineExceeded(EngineError):
 
 
 @dataclass(frozen=True)
+class ForkProbe:
+    """A temperature that depends on the position (2506.01939, section 3): `fork` where the entropy at temperature 1 is
+    above `entropy` nats, `rest` elsewhere. Between `opens` and one of `closes` (code) forks get at most 1."""
+
+    fork: float
+    rest: float
+    entropy: float = 0.672
+    opens: str = ""
+    closes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.fork < 0 or self.rest < 0 or self.entropy < 0:
+            raise ValueError("fork, rest and entropy must be >= 0")
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How to sample one turn. `temperature` 0 means greedy. Log-probs are those of the distribution actually sampled
     from (after temperature, truncation and bans). `banned`: strings that may not be completed. `min_tokens`: no stop
-    and no end of text before that many tokens."""
+    and no end of text before that many tokens. `probe`: replaces `temperature` by one that depends on the position."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -38,6 +54,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     banned: tuple[str, ...] = ()
     min_tokens: int = 0
+    probe: ForkProbe | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
@@ -73,13 +90,15 @@ class Completion:
 @dataclass(frozen=True)
 class EngineCapabilities:
     """What callers may rely on. `context`: tokens in one trajectory at most. `exact_logprobs`: log-probs are of the
-    processed distribution. `fork`: `Session.fork` works. `deterministic`: lockstep mode gives equal bits."""
+    processed distribution. `fork`: `Session.fork` works. `deterministic`: lockstep mode gives equal bits. `probe`:
+    `Sampling.probe` works."""
 
     context: int
     fork: bool = True
     exact_logprobs: bool = True
     renormalised_truncation: bool = True
     deterministic: bool = False
+    probe: bool = False
 
 
 class Session(Protocol):

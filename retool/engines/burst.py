@@ -11,7 +11,7 @@ import torch
 from retool.engines.base import DeadlineExceeded, EngineError
 from retool.engines.forward import Forward
 from retool.engines.rows import Row, Turn
-from retool.engines.sampler import draw, processed_logprobs, uniforms
+from retool.engines.sampler import draw, probe_temperatures, processed_logprobs, uniforms
 
 
 class NotFinite(EngineError):
@@ -82,6 +82,8 @@ class Burst:
             row.ids.append(token)
             row.foreign.append(0)
             turn.logprobs.append(logprob)
+            if turn.code is not None:
+                turn.code.push(token)
             hit = row.tail.push(token, sampling.stop, turn.keep)
             if token in self.eos:
                 turn.finish = "eos"
@@ -106,6 +108,8 @@ class _Plan:
         self.top_p = [s.top_p for s in settings]
         self.greedy = [s.temperature == 0 for s in settings]
         self.seeds = [t.row.seed for t in turns]
+        self.probes = [t.sampling.probe for t in turns]
+        self.probed = any(p is not None for p in self.probes)
         self.banned = any(t.bans is not None or t.early is not None for t in turns)
 
     def sample(self, logits: torch.Tensor) -> tuple[list[int], list[float]]:
@@ -116,6 +120,8 @@ class _Plan:
                 bans = turn.active_bans()
                 if bans is not None:
                     logits[i].masked_fill_(bans.mask(turn.row.tail.text), -torch.inf)
+        if self.probed:
+            self._set_temperatures(logits)
         counts = [len(t.row.ids) for t in self.turns]
         tokens, values = self._draw(logits, counts, 0)
         attempt = 0
@@ -132,6 +138,20 @@ class _Plan:
     def _draw(self, logits: torch.Tensor, counts: list[int], attempt: int) -> tuple[list[int], list[float]]:
         logp = processed_logprobs(logits, self.temperature, self.top_k, self.top_p)
         return draw(logp, uniforms(self.seeds, counts, attempt), self.greedy)
+
+    def _set_temperatures(self, logits: torch.Tensor) -> None:
+        """Of rows with a probe: from their entropy at temperature 1, after bans."""
+        index = [i for i, p in enumerate(self.probes) if p is not None]
+        probes = [p for p in self.probes if p is not None]
+        code = torch.tensor([bool(c is not None and c.now) for c in (self.turns[i].code for i in index)])
+        fork, rest, threshold = (
+            torch.tensor([getattr(p, name) for p in probes], dtype=torch.float32, device=logits.device)
+            for name in ("fork", "rest", "entropy")
+        )
+        chosen = probe_temperatures(logits[index], fork, rest, threshold, code.to(logits.device))
+        self.temperature[index] = chosen
+        for i, value in zip(index, chosen.tolist()):
+            self.greedy[i] = value == 0
 
     def _violations(self, tokens: list[int]) -> list[int]:
         """Turns whose token completes a banned string."""

@@ -44,6 +44,21 @@ class Row:
         self.cached = min(self.cached, length - 1)
 
 
+class Inside:
+    """Whether the text sampled so far in a turn has opened a block and not closed it."""
+
+    def __init__(self, pieces: Pieces, opens: str, closes: tuple[str, ...]) -> None:
+        self.now = False
+        self._opens, self._closes = (opens,) if opens else (), closes
+        self._keep = max((len(s) for s in (opens, *closes)), default=1)
+        self._tail = Tail(pieces)
+
+    def push(self, token: int) -> None:
+        """One more sampled token."""
+        if self._tail.push(token, self._closes if self.now else self._opens, self._keep) is not None:
+            self.now = not self.now
+
+
 @dataclass
 class Turn:
     """One pending `generate`."""
@@ -56,6 +71,7 @@ class Turn:
     bans: Bans | None
     early: Bans | None  # bans of the first `min_tokens` tokens
     keep: int  # characters of text that strings need to be found
+    code: Inside | None = None  # whether the next token is code; only for `Sampling.probe`
     start: int = 0
     tail: Tail | None = None  # as it was before the turn
     logprobs: list[float] = field(default_factory=list)

@@ -35,6 +35,17 @@ def uniforms(seeds: Sequence[int], counts: Sequence[int], attempt: int = 0) -> n
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def probe_temperatures(
+    logits: torch.Tensor, fork: torch.Tensor, rest: torch.Tensor, threshold: torch.Tensor, code: torch.Tensor
+) -> torch.Tensor:
+    """[A] temperatures of the next token, by the entropy of its distribution at temperature 1: `fork` above
+    `threshold` (nats), `rest` elsewhere. Rows in `code` (bool) take forks at 1 at most. logits [A, V], the rest [A]."""
+    logp = torch.log_softmax(logits.float(), dim=-1)
+    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    high = torch.where(code, fork.clamp(max=1.0), fork)
+    return torch.where(entropy > threshold, high, rest)
+
+
 def processed_logprobs(
     logits: torch.Tensor, temperature: torch.Tensor, top_k: Sequence[int], top_p: Sequence[float]
 ) -> torch.Tensor:

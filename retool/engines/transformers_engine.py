@@ -25,7 +25,7 @@ import torch
 from retool.engines.base import Completion, ContextOverflow, EngineCapabilities, EngineError, Sampling
 from retool.engines.burst import Burst
 from retool.engines.forward import Forward, probe
-from retool.engines.rows import Row, Turn
+from retool.engines.rows import Inside, Row, Turn
 from retool.engines.sampler import mix_seed
 from retool.engines.text import Bans, Pieces
 
@@ -108,7 +108,7 @@ class TransformersEngine:
 
     @property
     def capabilities(self) -> EngineCapabilities:
-        return EngineCapabilities(context=self.context, deterministic=self.lockstep)
+        return EngineCapabilities(context=self.context, deterministic=self.lockstep, probe=True)
 
     @property
     def version(self) -> int:
@@ -198,6 +198,8 @@ class TransformersEngine:
         keep = max((len(s) for s in (*sampling.stop, *sampling.banned)), default=1)
         turn = Turn(row, sampling, budget, deadline, asyncio.get_running_loop().create_future(), bans, early, keep)
         turn.start, turn.tail = len(row.ids), row.tail.copy()
+        if sampling.probe is not None:
+            turn.code = Inside(self._pieces, sampling.probe.opens, sampling.probe.closes)
         row.turn = turn
         self._waiting.append(turn)
         if not self.lockstep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -47,4 +48,17 @@ def micro_batches(
         tokens += sum(lengths[r] for r in atom.rows)
     if rows:
         out.append(rows)
+    return out
+
+
+def passes(n: int, step: int, size: int, key: str) -> list[tuple[int, int]]:
+    """(pass, index) of step `step`'s `size` rows of `n`: passes over all of them, each in an order keyed by `key`."""
+    out: list[tuple[int, int]] = []
+    orders: dict[int, list[int]] = {}
+    for i in range(step * size, (step + 1) * size):
+        epoch, at = divmod(i, n)
+        if epoch not in orders:
+            orders[epoch] = list(range(n))
+            random.Random(f"{key}/{epoch}").shuffle(orders[epoch])
+        out.append((epoch, orders[epoch][at]))
     return out

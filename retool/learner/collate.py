@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from retool.objectives import Batch
-from retool.objectives.keyed import key_of
+from retool.objectives.keyed import key_of, problem_key
 from retool.records import TrainSample
 from retool.transcript import KINDS, Sample, Span
 
@@ -56,7 +56,8 @@ class Rollout:
 
 def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"], dtype: torch.dtype) -> Rollout:
     """Rows in the order of their ids, so that the order of arrival changes nothing. Raises `ValueError` for no samples
-    or a repeated id. Token columns: `action, logp_rollout, turn, kind, segment`; sample columns: as in `TrainSample`.
+    or a repeated id. Token columns: `action, logp_rollout, turn, kind, segment`, and
+    `turn_reward` where rewards are given by turns; sample columns: as in `TrainSample`.
     """
     if not samples:
         raise ValueError("the learner got no samples: the collector must keep at least one usable trajectory")
@@ -75,16 +76,22 @@ def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"]
         "kind": torch.from_numpy(np.concatenate([p.kind for p in parts])),
         "segment": torch.from_numpy(np.concatenate([p.segment for p in parts])),
     }
+    if any(s.turn_rewards for s in ordered):
+        rewards = [_turn_rewards(s, p.action, p.turn) for s, p in zip(ordered, parts)]
+        tokens["turn_reward"] = torch.from_numpy(np.concatenate(rewards)).to(dtype)
     columns = {
         "index": torch.arange(len(ordered)),
         "group": torch.tensor([groups[s.group] for s in ordered]),
         "key": torch.tensor([key_of("trajectory", s.id) for s in ordered]),
+        "problem": torch.tensor([problem_key(s.problem) for s in ordered]),
         "pair": torch.tensor([s.pair for s in ordered]),
         "parent": torch.tensor([s.parent for s in ordered]),
         "cluster": torch.tensor([s.cluster for s in ordered]),
         "score": torch.tensor([s.score for s in ordered], dtype=dtype),
         "accuracy": torch.tensor([s.accuracy for s in ordered], dtype=dtype),
         "tool_error_rate": torch.tensor([s.tool_error_rate for s in ordered], dtype=dtype),
+        "tool_calls": torch.tensor([s.tool_calls for s in ordered]),
+        "format_penalty": torch.tensor([s.format_penalty for s in ordered], dtype=dtype),
         "void": torch.tensor([s.void for s in ordered]),
         "truncated": torch.tensor([s.truncated for s in ordered]),
         "in_baseline": torch.tensor([s.in_baseline for s in ordered]),
@@ -97,6 +104,16 @@ def collate(samples: Sequence[TrainSample], train_on: Literal["sampled", "demo"]
         [s.id for s in ordered],
         [p.checks for p in parts],
     )
+
+
+def _turn_rewards(sample: TrainSample, action: np.ndarray, turn: np.ndarray) -> np.ndarray:
+    """[N] each turn's own reward on its last action token; a turn that is not trained on has none."""
+    out = np.zeros(len(action), dtype=np.float64)
+    turns = [s.turn for s in sample.sample.transcript.policy_spans]
+    for number, reward in zip(turns, sample.turn_rewards):
+        if len(where := np.flatnonzero(action & (turn == number))):
+            out[where[-1]] += reward
+    return out
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from retool.config import Recipe
-from retool.learner import checkpoint as ckpt
-from retool.learner.batches import micro_batches, mini_batches
+from retool.learner import persist
+from retool.learner.batches import micro_batches, mini_batches, passes
 from retool.learner.collate import Rollout, collate
 from retool.learner.guard import LearnerStopped, compare_digests, not_finite, write_bundle
-from retool.learner.head import check_head
 from retool.learner.layout import Inputs, lay_out
 from retool.learner.metrics import Mean
-from retool.learner.optimiser import Optimiser, lr_factor
-from retool.learner.roles import Role, critic_role, frozen_copy, language_role, silence_dropout
-from retool.learner.shard import shard
+from retool.learner.networks import make_networks, value_networks
+from retool.learner.optimiser import lr_factor
+from retool.learner.reference import MovingReference
+from retool.learner.roles import Role
 from retool.learner.world import World
-from retool.objectives import Finalized, Forward, Objective, ObjectiveState
+from retool.objectives import Batch, Finalized, Forward, Objective, ObjectiveError, ObjectiveState
 from retool.records import TrainSample
 
 
@@ -40,7 +40,13 @@ class Learner:
     """Policy, critic and reference, their optimisers, and the state of the objective."""
 
     def __init__(
-        self, recipe: Recipe, objective: Objective, roles: dict[str, Role], tokenizer: Any, world: World
+        self,
+        recipe: Recipe,
+        objective: Objective,
+        roles: dict[str, Role],
+        tokenizer: Any,
+        world: World,
+        demos: Sequence[TrainSample] = (),
     ) -> None:
         self.recipe, self.objective, self.roles, self.tokenizer, self.world = recipe, objective, roles, tokenizer, world
         self.state: ObjectiveState = objective.initial_state()
@@ -49,41 +55,49 @@ class Learner:
         param = next(self.policy.module.parameters())
         self.dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
         self.pad_id = int(getattr(tokenizer, "pad_token_id", None) or 0)
+        self.moving: MovingReference | None = None
+        if objective.reference is not None and objective.reference.kind != "frozen":
+            self.moving = MovingReference(objective.reference, self.policy, roles["reference"])
+        self.demos = tuple(demos)
+        if objective.aside is not None and not self.demos:
+            raise ObjectiveError("objective.ptx needs demonstrations: give objective.ptx.data, a JSONL of traces")
 
     @classmethod
     def create(
-        cls, recipe: Recipe, objective: Objective, model: Any, tokenizer: Any, *, world: World | None = None
+        cls,
+        recipe: Recipe,
+        objective: Objective,
+        model: Any,
+        tokenizer: Any,
+        *,
+        world: World | None = None,
+        demos: Sequence[TrainSample] = (),
     ) -> Learner:
         """Wraps `model` (trained in place, so an engine may share it) and makes the other networks it needs from it.
 
-        Sets torch's thread count when `learner.threads` or `deterministic` ask for it. Raises `HeadError` for a model
-        whose logits the learner cannot reproduce.
+        `demos`: demonstrations for the objective's term beside the rollout. Sets torch's thread count when
+        `learner.threads` or `deterministic` ask for it. Raises `HeadError` for a model whose logits the learner cannot
+        reproduce, `CheckpointError` for a critic that cannot be loaded.
         """
         c = recipe.learner
         if c.threads is not None or recipe.deterministic:
             torch.set_num_threads(c.threads or 1)
-        model.eval()
-        silence_dropout(model)
         world = world or World()
-        roles: dict[str, Role] = {}
-        if objective.reference is not None:
-            roles["reference"] = language_role("reference", frozen_copy(model), objective.temperature)
-        if objective.critic is not None:
-            roles["critic"] = critic_role(model)
-        roles["policy"] = language_role("policy", model, objective.temperature)
-        check_head(model, roles["policy"].net.head)
-        if c.activation_checkpointing:
-            for name in set(roles) & {"policy", "critic"}:
-                module = roles[name].module
-                backbone = module.backbone if name == "critic" else module
-                backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        for name, role in roles.items():
-            if c.shard == "fsdp" and world.size > 1:
-                shard(role.net, world)
-            if name != "reference":
-                lr = c.lr if name == "policy" else (c.critic_lr or 2 * c.lr)
-                role.optimiser = Optimiser(role.module, lr, c.betas, c.weight_decay)
-        return cls(recipe, objective, roles, tokenizer, world)
+        networks = make_networks(recipe, objective, model, world)
+        learner = cls(recipe, objective, networks.roles, tokenizer, world, demos)
+        learner.state = replace(learner.state, **networks.moments)
+        return learner
+
+    @classmethod
+    def of_value_model(cls, recipe: Recipe, objective: Objective, model: Any, tokenizer: Any) -> Learner:
+        """A learner whose only trained network is `model`'s backbone with a scalar head (a reward model)."""
+        return cls(recipe, objective, value_networks(recipe, model), tokenizer, World())
+
+    def phase(self, recipe: Recipe, objective: Objective) -> Learner:
+        """A learner of its own, on the same networks, for a phase in which only the critic learns (and keeps what its
+        optimiser gathered)."""
+        roles = {"policy": replace(self.policy, optimiser=None), "critic": self.roles["critic"]}
+        return type(self)(recipe, objective, roles, self.tokenizer, self.world)
 
     @property
     def policy(self) -> Role:
@@ -115,13 +129,29 @@ class Learner:
             for mini in mini_batches(rollout.batch, objective.structure, c.updates, seed):
                 rows = [row for atom in mini for row in atom.rows]
                 done += self._update(rollout.take(rows), metrics, first=done == 0, verify=epoch == 0)
+        if self.moving is not None and done and not self._critic_only:
+            self.moving.tick("rollout")
         self.state = state
         self.version += 1
         return metrics.result() | {"updates": float(done), "version": float(self.version)}
 
-    def _score(self, rollout: Rollout, metrics: Mean) -> Rollout:
+    @property
+    def _critic_only(self) -> bool:
+        """Whether this rollout belongs to the critic's warm-up."""
+        return self.objective.critic is not None and self.version < self.objective.critic.warmup
+
+    def measure(
+        self, samples: list[TrainSample], extra: frozenset[str] = frozenset()
+    ) -> tuple[Batch, dict[str, float]]:
+        """A rollout scored (with `extra` score columns) and prepared but not learnt from, with the metrics of
+        `prepare`; nothing changes."""
+        rollout = self._score(collate(samples, self.objective.train_on, self.dtype), Mean(), extra)
+        batch, _, metrics = self.objective.prepare(rollout.batch, self.state)
+        return batch, metrics
+
+    def _score(self, rollout: Rollout, metrics: Mean, extra: frozenset[str] = frozenset()) -> Rollout:
         """The columns that the objective reads and only a pass through the networks can give; on all ranks."""
-        wanted = self.objective.scores
+        wanted = self.objective.scores | extra
         if not wanted or not len(rollout):
             return rollout
         batch = rollout.batch
@@ -157,8 +187,8 @@ class Learner:
             out["logp_ref"] = role.logp(micro.inputs.to(role.device), action.to(role.device)).logp
         if wanted & {"value", "bootstrap"}:
             role = self.roles["critic"]
-            now, out["bootstrap"] = role.value(micro.inputs.to(role.device), action.to(role.device))
-            out["value"] = now.value
+            now = role.value(micro.inputs.to(role.device), action.to(role.device))
+            out |= {"value": now.value, "bootstrap": now.after}
         return {name: value for name, value in out.items() if value is not None and name in wanted}
 
     def _micros(self, rollout: Rollout) -> list[Micro]:
@@ -183,7 +213,7 @@ class Learner:
 
     def _update(self, mini: Rollout, metrics: Mean, first: bool, verify: bool) -> int:
         """One optimiser step on one mini-batch; 0 when it holds nothing to learn from."""
-        critic_only = self.objective.critic is not None and self.version < self.objective.critic.warmup
+        critic_only = self._critic_only
         now = self._current(mini) if self.objective.current else None
         final = self.objective.finalize(mini.batch, self.state, now, critic_only)
         if not any(d > 0 for d in final.denominators.values()):
@@ -193,9 +223,10 @@ class Learner:
             self._verify(mini, micros, metrics)
         sums = Mean()
         for micro in micros:
-            self._backward(micro, final, sums, first)
+            self._backward(self.objective, micro, final, sums, first)
+        denominators = final.denominators | ({} if critic_only else self._aside(sums))
         losses = sums.reduce(self.world)
-        self._report(losses, final, metrics)
+        self._report(losses, denominators, float(final.batch["action"].sum()), metrics)
         if bad := not_finite(losses):
             self._stop("non-finite-loss", f"{', '.join(bad)} is not finite", mini)
         factor = lr_factor(self.updates, self.recipe.learner.warmup_steps, self._total(), self.recipe.learner.schedule)
@@ -207,16 +238,18 @@ class Learner:
                     self._stop("non-finite-gradient", f"the gradient norm of the {name} is {norm}", mini)
                 metrics.add({f"grad_norm/{name}": norm})
         self.updates += 1
+        if self.moving is not None and not critic_only:
+            self.moving.tick("update")
         return 1
 
     def _total(self) -> int:
         return self.recipe.steps * self.recipe.learner.updates * self.recipe.learner.epochs
 
-    def _backward(self, micro: Micro, final: Finalized, sums: Mean, first: bool) -> None:
+    def _backward(self, objective: Objective, micro: Micro, final: Finalized, sums: Mean, first: bool) -> None:
         """Gradients of one micro-batch, policy and critic one after the other."""
         active = frozenset(final.denominators)
         for name in ("policy", "critic"):
-            terms = [t for t in self.objective.terms if t.role == name and t.name in active]
+            terms = [t for t in objective.terms if t.role == name and t.name in active]
             if not terms:
                 continue
             role, names = self.roles[name], frozenset(t.name for t in terms)
@@ -228,13 +261,27 @@ class Learner:
                 entropy = "entropy" in needs
                 forward = role.logp(inputs, batch["action"], entropy or first, entropy)
             else:
-                forward, _ = role.value(inputs, batch["action"])
-            numerators = self.objective.loss(batch, forward, names)
+                forward = role.value(inputs, batch["action"])
+            numerators = objective.loss(batch, forward, names)
             total = sum((final.scale(n) * x for n, x in numerators.items()), start=self._zero(forward))
             (total if micro.counts else total * 0.0).backward()
             role.module.eval()
             if micro.counts:
-                self._note(batch, forward, numerators, names, sums, first and name == "policy")
+                self._note(objective, batch, forward, numerators, sums, first and name == "policy")
+
+    def _aside(self, sums: Mean) -> dict[str, float]:
+        """Gradients of the term on demonstrations, added to those of the rollout; its denominator by name."""
+        beside, aside = self.objective.beside, self.objective.aside
+        if beside is None or aside is None:
+            return {}
+        picks = passes(len(self.demos), self.updates, aside.batch, f"ptx/{self.recipe.seed}")
+        rows = [replace(self.demos[i], id=f"{epoch}/{self.demos[i].id}") for epoch, i in picks]
+        rollout = collate(rows, beside.train_on, self.dtype)
+        final = beside.finalize(rollout.batch, self.state)
+        with self.policy.at_temperature(beside.temperature):
+            for micro in self._micros(replace(rollout, batch=final.batch)):
+                self._backward(beside, micro, final, sums, False)
+        return final.denominators
 
     @staticmethod
     def _zero(forward: Forward) -> Tensor:
@@ -242,47 +289,44 @@ class Learner:
         connected = forward.logp if forward.logp is not None else forward.need("value")
         return connected.sum() * 0.0
 
+    @staticmethod
     def _note(
-        self,
-        batch: Any,
-        forward: Forward,
-        numerators: dict[str, Tensor],
-        names: frozenset[str],
-        sums: Mean,
-        first: bool,
+        objective: Objective, batch: Batch, forward: Forward, numerators: dict[str, Tensor], sums: Mean, first: bool
     ) -> None:
         with torch.no_grad():
             sums.sum({f"loss/{n}": float(x.detach()) for n, x in numerators.items()})
-            sums.sum({k: float(v) for k, v in self.objective.diagnostics(batch, forward, names).items()})
+            sums.sum({k: float(v) for k, v in objective.diagnostics(batch, forward, frozenset(numerators)).items()})
             if first and forward.entropy is not None:
                 sums.sum({"entropy": float(forward.entropy.detach().sum())})
-            if first and self.objective.train_on == "sampled":
+            if first and objective.train_on == "sampled":
                 gap = torch.where(batch["action"], forward.need("logp").detach() - batch["logp_rollout"], 0.0)
                 sums.max({"max_logprob_gap": float(gap.abs().max()) if len(gap) else 0.0})
 
-    def _report(self, losses: dict[str, float], final: Finalized, metrics: Mean) -> None:
+    @staticmethod
+    def _report(losses: dict[str, float], denominators: dict[str, float], tokens: float, metrics: Mean) -> None:
         """Sums of one update as means: losses by their own denominators, the rest per action token."""
-        tokens = max(1.0, float(final.batch["action"].sum()))
         for name, value in losses.items():
             if name.startswith("loss/"):
-                denominator = final.denominators[name.removeprefix("loss/")]
+                denominator = denominators[name.removeprefix("loss/")]
                 metrics.add({name: value / denominator if denominator > 0 else 0.0})
             elif name == "max_logprob_gap":
                 metrics.max({name: value})
             else:
-                metrics.add({name: value / tokens})
+                metrics.add({name: value / max(1.0, tokens)})
 
     def _current(self, mini: Rollout) -> Forward:
-        """Log-probs of a mini-batch under the weights as they are now, without gradient, on all ranks."""
-        logp = torch.zeros(mini.batch.n_tokens, dtype=self.dtype)
+        """What the objective asks to know of a mini-batch under the weights as they are now, without gradient; on all
+        ranks."""
+        entropy = "entropy" in self.objective.current
+        out = {name: torch.zeros(mini.batch.n_tokens, dtype=self.dtype) for name in ("logp", *["entropy"] * entropy)}
         with torch.no_grad():
             for micro in self._micros(mini):
                 role = self.policy
-                now = role.logp(micro.inputs.to(role.device), micro.rollout.batch["action"].to(role.device))
-                if micro.counts:
-                    logp[mini.batch.token_index(torch.tensor(micro.rows))] = now.need("logp").to(logp)
-        self.world.sum_([logp])
-        return Forward(logp=logp)
+                now = role.logp(micro.inputs.to(role.device), micro.rollout.batch["action"].to(role.device), entropy)
+                for name, column in out.items() if micro.counts else ():
+                    column[mini.batch.token_index(torch.tensor(micro.rows))] = now.need(name).to(column)
+        self.world.sum_(list(out.values()))
+        return Forward(**out)
 
     def _verify(self, mini: Rollout, micros: Sequence[Micro], metrics: Mean) -> None:
         """Compares the ids and log-probs that enter the loss with the hashes that the engine took when sampling."""
@@ -311,52 +355,20 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """Everything that `load` needs to go on with equal bits. All ranks call it; rank 0 writes, atomically."""
-        files = {"rng": {"cpu": torch.get_rng_state()}}
-        for name, role in self.roles.items():
-            files[name] = ckpt.module_tensors(role.module)
-            if role.optimiser is not None:
-                files[f"{name}.optimiser"] = role.optimiser.state()
-        state = {"version": self.version, "updates": self.updates, "objective": self.objective.name}
-
-        def fill(target: Path) -> None:
-            for name, tensors in files.items():
-                ckpt.write_tensors(target / f"{name}.safetensors", tensors)
-            ckpt.write_json(target / "state.json", {**state, "objective_state": self.state.to_json()})
-
-        if self.world.rank == 0:
-            ckpt.write_folder(Path(folder), fill)
-        self.world.barrier()
-
-    def full_weights(self) -> dict[str, Tensor]:
-        """The policy's weights by name, whole, on the CPU: what a serving engine is sent. All ranks call it."""
-        return ckpt.module_tensors(self.policy.module)
+        persist.save(self, folder)
 
     def load(self, folder: Path) -> None:
         """Goes on where `save` was called. Weights are copied in place. Raises `CheckpointError` when it cannot be."""
-        folder = ckpt.read_folder(Path(folder))
-        data = ckpt.read_json(folder / "state.json")
-        if data["objective"] != self.objective.name:
-            raise ckpt.CheckpointError(
-                f"{folder} was trained with objective {data['objective']!r}, this recipe has {self.objective.name!r}"
-            )
-        for name, role in self.roles.items():
-            path = folder / f"{name}.safetensors"
-            ckpt.load_module(role.module, ckpt.read_tensors(path), str(path))
-            if role.optimiser is not None:
-                role.optimiser.load(ckpt.read_tensors(folder / f"{name}.optimiser.safetensors"))
-        torch.set_rng_state(ckpt.read_tensors(folder / "rng.safetensors")["cpu"])
-        self.version, self.updates = int(data["version"]), int(data["updates"])
-        self.state = ObjectiveState.from_json(data["objective_state"])
+        persist.load(self, folder)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """The policy's weights by name, whole, on the CPU: what a serving engine is sent. All ranks call it."""
+        return persist.full_weights(self)
 
     def save_model(self, folder: Path) -> None:
         """The policy as an ordinary transformers folder, with its tokenizer; atomic. All ranks call it."""
-        weights = self.full_weights()
+        persist.save_model(self, folder)
 
-        def fill(target: Path) -> None:
-            self.policy.module.save_pretrained(target, state_dict=weights)
-            if self.tokenizer is not None:
-                self.tokenizer.save_pretrained(target)
-
-        if self.world.rank == 0:
-            ckpt.write_folder(Path(folder), fill)
-        self.world.barrier()
+    def save_critic(self, folder: Path, kind: str = "critic") -> None:
+        """The critic as a folder that `objective.critic.path` can name; atomic. All ranks call it."""
+        persist.save_critic(self, folder, kind)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from retool.learner.head import Head
 from retool.learner.layout import Inputs
 from retool.learner.optimiser import Optimiser
+from retool.learner.value_model import ValueModel, last_hidden
 from retool.objectives import Forward
 
 
@@ -30,36 +33,6 @@ class LanguageNet(nn.Module):
         """`index` [M]: which targets -> (log-probs [M], entropies [M])."""
         states = last_hidden(self.model.base_model, inputs).index_select(0, inputs.source[index] - 1)
         return self.head(states, inputs.targets[index], entropy, entropy_grad)
-
-
-class ValueModel(nn.Module):
-    """A backbone with a scalar head, which starts at zero: V = 0 everywhere before the first update."""
-
-    def __init__(self, backbone: Any) -> None:
-        super().__init__()
-        self.backbone = backbone
-        weight = next(backbone.parameters())
-        width = backbone.config.get_text_config().hidden_size
-        self.head = nn.Linear(width, 1, device=weight.device, dtype=weight.dtype)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, inputs: Inputs, index: Tensor) -> tuple[Tensor, Tensor]:
-        """(values of the states before the targets `index` [M], values after each sample's last token [B])."""
-        hidden = last_hidden(self.backbone, inputs)
-        before = hidden.index_select(0, inputs.source[index] - 1)
-        return self._scalar(before), self._scalar(hidden.index_select(0, inputs.last))
-
-    def _scalar(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.head(hidden)[:, 0].clone()  # FSDP hooks want no views
-        return out.float() if out.dtype in (torch.bfloat16, torch.float16) else out
-
-
-def last_hidden(backbone: Any, inputs: Inputs) -> Tensor:
-    """[R·L, H] hidden states of all input positions."""
-    extra = {} if inputs.position_ids is None else {"position_ids": inputs.position_ids}
-    out: Tensor = backbone(input_ids=inputs.ids, use_cache=False, **extra).last_hidden_state
-    return out.reshape(-1, out.shape[-1])
 
 
 @dataclass
@@ -90,11 +63,20 @@ class Role:
             logp=scatter(logp, index, len(action)), entropy=scatter(ent, index, len(action)) if entropy else None
         )
 
-    def value(self, inputs: Inputs, action: Tensor) -> tuple[Forward, Tensor]:
-        """(values of the states before the action tokens, [B] values of the states after each sample's last token)."""
+    def value(self, inputs: Inputs, action: Tensor) -> Forward:
+        """Values of the states before the action tokens, and of the states after each sample's last token."""
         index = torch.nonzero(action)[:, 0]
         values, after = self.net(inputs, index)
-        return Forward(value=scatter(values, index, len(action))), after
+        return Forward(value=scatter(values, index, len(action)), after=after)
+
+    @contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Log-probs are taken at another temperature inside; the backward pass must happen inside as well."""
+        before, self.net.head.temperature = self.net.head.temperature, temperature
+        try:
+            yield
+        finally:
+            self.net.head.temperature = before
 
 
 def scatter(values: Tensor, index: Tensor, n: int) -> Tensor:
@@ -114,7 +96,12 @@ def frozen_copy(model: Any) -> Any:
 
 def critic_role(model: Any) -> Role:
     """A critic that starts from the policy's backbone; without optimiser yet."""
-    critic = ValueModel(copy.deepcopy(model.base_model)).eval().requires_grad_(True)
+    return value_role(ValueModel(copy.deepcopy(model.base_model)))
+
+
+def value_role(critic: ValueModel) -> Role:
+    """The role of a critic or reward model; without optimiser yet."""
+    critic.eval().requires_grad_(True)
     return Role("critic", critic, critic)
 
 

@@ -2,6 +2,7 @@
 
 from retool.objectives.aggregate import Aggregation
 from retool.objectives.base import (
+    Aside,
     Critic,
     KlPenalty,
     ObjectiveError,
@@ -16,11 +17,13 @@ from retool.objectives.build import build_objective
 from retool.objectives.objective import Finalized, Objective
 from retool.objectives.preset import Preset
 from retool.objectives.presets import PRESETS, find_preset, preset_fragment
+from retool.objectives.tracker import priorities
 from retool.objectives.validate import validate
 
 __all__ = [
     "PRESETS",
     "Aggregation",
+    "Aside",
     "Atom",
     "Batch",
     "Critic",
@@ -39,5 +42,6 @@ __all__ = [
     "build_objective",
     "find_preset",
     "preset_fragment",
+    "priorities",
     "validate",
 ]

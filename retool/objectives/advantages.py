@@ -10,7 +10,7 @@ from torch import Tensor
 from retool.objectives.batch import Batch, pad, unpad
 
 Std = Literal["population", "sample", "none"]
-GroupKind = Literal["zscore", "mean", "rloo"]
+GroupKind = Literal["zscore", "mean", "rloo", "std"]
 SAME = 1e-9
 """Scores closer than this are equal: 0.1 + 0.2 and 0.3 must not make a group with variance."""
 
@@ -70,8 +70,8 @@ def group_advantage(
     """[B] scores relative to their group (GRPO 2402.03300, Dr. GRPO 2503.20783, RLOO 2402.14740).
 
     `counted` [B] bool: who enters mean and standard deviation. zscore: (r - mean) / (std + eps); mean: r - mean;
-    rloo: G/(G-1) (r - mean), the leave-one-out baseline. A group whose counted scores are all equal, or that has fewer
-    than two of them, has nothing to compare: advantage 0.
+    rloo: G/(G-1) (r - mean), the leave-one-out baseline; std: r / (std + eps) (2504.11343). A group whose counted
+    scores are all equal, or that has fewer than two of them, has nothing to compare: advantage 0.
     """
     _, g = torch.unique(group, return_inverse=True)
     n_groups = int(g.max()) + 1 if len(g) else 0
@@ -90,6 +90,8 @@ def group_advantage(
     differs = (n >= 2) & (high - low > SAME)
     if kind == "zscore" and std != "none":
         centred = centred / (var.sqrt() + eps)[g]
+    elif kind == "std":
+        centred = torch.where(torch.isfinite(score), score, 0.0) / (var.sqrt() + eps)[g]
     elif kind == "rloo":
         centred = centred * (n / (n - 1).clamp(min=1))[g]
     return torch.where(differs[g], centred, torch.zeros_like(centred))
@@ -106,10 +108,39 @@ def whiten(values: Tensor, mask: Tensor, unbiased: bool = True, eps: float = 1e-
 
 def reward_to_go(rewards: Tensor, action: Tensor, batch: Batch) -> Tensor:
     """[N] sum of the rewards from each action token to the end of its sample (γ = 1); masked tokens are skipped."""
-    inside = torch.where(action, rewards, torch.zeros_like(rewards))
-    total = batch.sum(inside)
-    before = torch.cumsum(inside, 0) - inside
-    start = torch.zeros_like(total)
-    has = batch.lengths > 0
-    start[has] = before[batch.offsets[:-1][has]]
-    return torch.where(action, total[batch.row] - (before - start[batch.row]), torch.zeros_like(rewards))
+    return discounted_returns(rewards, action, batch, 1.0)
+
+
+def discounted_returns(rewards: Tensor, action: Tensor, batch: Batch, gamma: float) -> Tensor:
+    """[N] Σ γ^k r over the action tokens from each one to the end of its sample; masked tokens are skipped: they give
+    no reward, cost no discount and do not reset the sum (a trajectory would lose all credit before its last tool call).
+    """
+    ones = torch.ones(len(batch), dtype=rewards.dtype, device=rewards.device)
+    return gae(rewards, torch.zeros_like(rewards), action, batch, gamma, ones)
+
+
+def turn_segments(batch: Batch) -> tuple[Tensor, Tensor]:
+    """([N] index of the turn that an action token belongs to, -1 elsewhere; [S] row of each turn), turns of one sample
+    in order and samples one after the other."""
+    action, turn = batch["action"], batch["turn"]
+    wide = int(turn.max()) + 1 if len(turn) else 1
+    found, index = torch.unique((batch.row * wide + turn)[action], return_inverse=True)
+    out = torch.full_like(turn, -1)
+    out[action] = index
+    return out, torch.div(found, wide, rounding_mode="floor")
+
+
+def turn_returns(batch: Batch, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Discounted returns of turns, G_k = Σ_j γ^(j-k) r_j (GTPO, 2511.14846): ([S] returns, [S] row of each turn,
+    [N] turn of each token). r_k is the turn's own `turn_reward` where there is that column, the last turn's also the
+    score; a KL in the reward is added."""
+    segment, row = turn_segments(batch)
+    action = batch["action"]
+    rewards = token_rewards(batch)
+    if (own := batch.get("turn_reward")) is not None:
+        rewards = rewards + own
+    r = torch.zeros(len(row), dtype=rewards.dtype, device=rewards.device).index_add(0, segment[action], rewards[action])
+    counts = torch.bincount(row, minlength=len(batch))
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device=row.device), torch.cumsum(counts, 0)])
+    turns = Batch(offsets, {"r": r}, {})
+    return discounted_returns(r, torch.ones_like(row, dtype=torch.bool), turns, gamma), row, segment

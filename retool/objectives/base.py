@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -86,11 +86,18 @@ class AdvantageEstimator(Protocol):
     def __call__(self, batch: Batch) -> Batch: ...
 
 
+@runtime_checkable
+class Remembering(Protocol):
+    """An estimator that also learns from rollout to rollout: called in the place of `__call__`, with the state."""
+
+    def estimate(self, batch: Batch, state: ObjectiveState) -> tuple[Batch, ObjectiveState]: ...
+
+
 class TokenSelector(Protocol):
     """Once an optimiser step: which tokens of the mini-batch a term looks at. Selectors compose by AND.
 
-    `rule`: whether what it drops leaves the denominator (`kept`) or stays in it (`all_act`). `current`: it needs the
-    log-probs of the weights as they are now, so the learner makes a pass without gradient first.
+    `rule`: whether what it drops leaves the denominator (`kept`) or stays in it (`all_act`). `current`: which of
+    logp, entropy it needs of the weights as they are now; the learner then makes a pass without gradient first.
     """
 
     @property
@@ -98,10 +105,19 @@ class TokenSelector(Protocol):
     @property
     def reads(self) -> frozenset[str]: ...
     @property
-    def current(self) -> bool: ...
+    def current(self) -> frozenset[str]: ...
 
     def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
-        """[N] bool, a subset of `mask`."""
+        """[N] bool, a subset of `mask`: the action tokens that filters and rejections have left in the loss."""
+        ...
+
+
+@runtime_checkable
+class Early(Protocol):
+    """A selector that looks at the whole rollout first."""
+
+    def prepare(self, batch: Batch) -> Batch:
+        """The batch with what `__call__` will read."""
         ...
 
 
@@ -129,8 +145,8 @@ class Term(Protocol):
         ...
 
     @property
-    def current(self) -> bool:
-        """Whether `plan` needs current log-probs."""
+    def current(self) -> frozenset[str]:
+        """Which of logp, entropy `plan` needs of the current weights."""
         ...
 
     def plan(
@@ -189,17 +205,34 @@ class KlPenalty:
 
 @dataclass(frozen=True)
 class Reference:
-    """The policy that KL terms and pairs compare with; `frozen`: the weights that training started from."""
+    """The policy that KL terms and pairs compare with (A §2.1, A.7).
 
-    kind: Literal["frozen"] = "frozen"
+    `frozen`: the weights that training started from. Every `every` moves (optimiser steps of the policy, or rollouts:
+    `after`) the others become share · policy + (1 - share) · reference; `hard` has share 1.
+    """
+
+    kind: Literal["frozen", "ema", "hard", "mix"] = "frozen"
+    share: float = 1.0
+    every: int = 1
+    after: Literal["update", "rollout"] = "update"
 
 
 @dataclass(frozen=True)
 class Critic:
     """A value network. `normalise`: it predicts returns in units of their moving moments. `warmup`: rollouts in which
-    only the critic learns."""
+    only the critic learns. `lr_factor`: its learning rate as a multiple of the policy's."""
 
     normalise: bool = False
     decay: float = 0.99995
     eps: float = 1e-5
     warmup: int = 0
+    lr_factor: float = 2.0
+
+
+@dataclass(frozen=True)
+class Aside:
+    """A term on data of its own beside the rollout's: `batch` demonstrations an optimiser step, own denominator, own
+    micro-batches, the same step of the optimiser. Log-probs are taken at temperature 1."""
+
+    term: Term
+    batch: int

@@ -172,16 +172,19 @@ class Forward:
     """What the networks say about the target tokens of a batch, all [N]; positions that are not `action` hold 0.
 
     `logp`: log-probability of the token at the sampling temperature. `entropy`: of the distribution it came from.
-    `value`: the critic's value of the state before the token. What was not asked for is None.
+    `value`: the critic's value of the state before the token. `after`: [B] its value after the last token of each
+    sample. What was not asked for is None.
     """
 
     logp: Tensor | None = None
     entropy: Tensor | None = None
     value: Tensor | None = None
+    after: Tensor | None = None
 
     def need(self, name: str) -> Tensor:
         """The tensor, or `MissingColumn` when it was not computed."""
         value: Tensor | None = getattr(self, name)
         if value is None:
-            raise MissingColumn(name, [n for n in ("logp", "entropy", "value") if getattr(self, n) is not None])
+            have = [n for n in ("logp", "entropy", "value", "after") if getattr(self, n) is not None]
+            raise MissingColumn(name, have)
         return value

@@ -5,11 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 
 from retool.config import Recipe
-from retool.config.objective import AggregationName, LambdaConfig, ObjectiveConfig, SelectConfig
+from retool.config.objective import (
+    AggregationName,
+    CriticConfig,
+    LambdaConfig,
+    ObjectiveConfig,
+    ReferenceConfig,
+    SelectConfig,
+)
 from retool.objectives.aggregate import Aggregation
 from retool.objectives.base import (
     AdvantageEstimator,
+    Aside,
     Critic,
+    GroupFilter,
     KlPenalty,
     OffPolicy,
     Reference,
@@ -17,13 +26,30 @@ from retool.objectives.base import (
     Term,
     TokenSelector,
 )
-from retool.objectives.estimators import Gae, GroupRelative, LengthAdaptive, NoAdvantage, Raw
-from retool.objectives.filters import AccuracyFilter
+from retool.objectives.estimators import (
+    Gae,
+    GroupRelative,
+    LengthAdaptive,
+    NoAdvantage,
+    Ones,
+    Raw,
+    Returns,
+    TurnReturns,
+)
+from retool.objectives.filters import AccuracyFilter, Filters, ResampleOnCorrect, SampleMask
 from retool.objectives.objective import Objective
 from retool.objectives.presets import find_preset
-from retool.objectives.selectors import EntropyQuantile, LowProbability, RandomTokens
+from retool.objectives.selectors import (
+    ClipCovariance,
+    EntropyQuantile,
+    LowProbability,
+    OffPolicyMask,
+    RandomTokens,
+    TopCovariance,
+)
 from retool.objectives.terms import EntropyTerm, KlTerm, NllTerm, PairTerm, PolicyTerm, ValueTerm
-from retool.objectives.validate import validate
+from retool.objectives.tracker import Tracker
+from retool.objectives.validate import const_length, validate
 
 
 def build_objective(recipe: Recipe) -> Objective:
@@ -33,10 +59,10 @@ def build_objective(recipe: Recipe) -> Objective:
     objective = Objective(
         name=o.preset,
         structure=Structure(o.structure),
-        filter=AccuracyFilter(o.filter.kind),
+        filter=_filter(o, recipe.seed),
         advantage=_advantage(o),
-        select=tuple(_selector(s, recipe.seed) for s in o.select),
-        terms=_terms(o),
+        select=tuple(_selector(s, o, recipe.seed) for s in o.select),
+        terms=_terms(o, const_length(recipe)),
         off_policy=OffPolicy(
             old=o.off_policy.old,
             weight=o.off_policy.weight,
@@ -54,11 +80,13 @@ def build_objective(recipe: Recipe) -> Objective:
             target=o.kl.target if o.kl.controller == "adaptive" else None,
             horizon=o.kl.horizon,
         ),
-        reference=Reference("frozen") if o.reference.kind == "frozen" else None,
-        critic=Critic(o.critic.normalise, o.critic.decay, warmup=o.critic.warmup) if o.critic.kind != "none" else None,
+        reference=_reference(o.reference),
+        critic=_critic(o.critic),
         filter_rule=o.filter.denominator,
         train_on=o.train_on,
         temperature=1.0 if o.train_on == "demo" else recipe.rollout.temperature,
+        reward_clip=o.reward_clip,
+        aside=Aside(NllTerm("ptx", o.ptx.coef), o.ptx.batch) if o.ptx.coef else None,
     )
     compose = find_preset(o.preset).compose
     objective = objective if compose is None else compose(objective)
@@ -74,8 +102,19 @@ def _skip_scoring(objective: Objective, recipe: Recipe) -> Objective:
     return objective
 
 
-def _aggregation(o: ObjectiveConfig, mode: AggregationName | None = None) -> Aggregation:
-    return Aggregation(mode or o.aggregation.mode, o.aggregation.const_length)
+def _aggregation(o: ObjectiveConfig, length: int | None, mode: AggregationName | None = None) -> Aggregation:
+    return Aggregation(mode or o.aggregation.mode, length)
+
+
+def _filter(o: ObjectiveConfig, seed: int) -> GroupFilter:
+    """Groups first, then the resampling inside them, then single samples."""
+    f = o.filter
+    parts: list[GroupFilter] = [AccuracyFilter(f.kind, f.groups)]
+    if f.roc is not None:
+        parts.append(ResampleOnCorrect(f.roc, seed))
+    if f.positives or f.void != "keep" or f.overlong != "keep":
+        parts.append(SampleMask(f.positives, f.void != "keep", f.overlong != "keep", f.overlong_in_baseline))
+    return parts[0] if len(parts) == 1 else Filters(tuple(parts))
 
 
 def _advantage(o: ObjectiveConfig) -> AdvantageEstimator:
@@ -83,37 +122,68 @@ def _advantage(o: ObjectiveConfig) -> AdvantageEstimator:
     if a.kind == "gae":
         lam = LengthAdaptive(a.lam.alpha, a.lam.min, a.lam.max) if isinstance(a.lam, LambdaConfig) else a.lam
         return Gae(a.gamma, lam, a.lam_value, a.whiten, a.whiten_var == "unbiased", a.bootstrap_on_truncation)
+    if a.kind == "returns":
+        return Returns(a.gamma, a.baseline == "group", a.whiten, a.whiten_var == "unbiased")
+    if a.kind == "turns":
+        return TurnReturns(a.gamma, a.std, a.eps)
+    if a.kind == "tracker":
+        return Tracker(o.tracker.min_keep, o.tracker.max_keep, o.tracker.half_life, a.eps)
     if a.kind == "raw":
         return Raw()
+    if a.kind == "ones":
+        return Ones()
     if a.kind == "none":
         return NoAdvantage()
     return GroupRelative(a.kind, a.std, a.eps)
 
 
-def _selector(s: SelectConfig, seed: int) -> TokenSelector:
+def _reference(r: ReferenceConfig) -> Reference | None:
+    if r.kind == "none":
+        return None
+    share, every = {"ema": (r.eta, 1), "mix": (r.alpha, 512), "hard": (1.0, 400), "frozen": (1.0, 1)}[r.kind]
+    return Reference(r.kind, share, r.every or every, r.after)
+
+
+def _critic(c: CriticConfig) -> Critic | None:
+    return None if c.kind == "none" else Critic(c.normalise, c.decay, warmup=c.warmup, lr_factor=c.lr_factor)
+
+
+def _selector(s: SelectConfig, o: ObjectiveConfig, seed: int) -> TokenSelector:
     if s.kind == "entropy":
-        return EntropyQuantile(s.share, s.side, s.denominator)
+        return EntropyQuantile(s.share, s.side, s.denominator, s.scope, s.source)
     if s.kind == "low_probability":
         return LowProbability(s.below, s.denominator)
+    if s.kind == "off_policy":
+        return OffPolicyMask(s.delta, s.denominator)
+    if s.kind == "clip_cov":
+        clip = (o.policy.clip_low, o.policy.clip_high)
+        return ClipCovariance(s.share, s.low, s.high, *clip, seed, s.denominator, s.source)
     return RandomTokens(s.share, seed, s.denominator)
 
 
-def _terms(o: ObjectiveConfig) -> tuple[Term, ...]:
+def _terms(o: ObjectiveConfig, length: int | None) -> tuple[Term, ...]:
     terms: list[Term] = []
-    agg = _aggregation(o)
+    agg = _aggregation(o, length)
     if o.policy.kind != "none":
         terms.append(
             PolicyTerm(
                 aggregation=agg,
+                kind=o.policy.kind,
                 clip_low=o.policy.clip_low,
                 clip_high=o.policy.clip_high,
                 dual_clip=o.policy.dual_clip,
+                cap=o.policy.cap,
+                tau_pos=o.policy.tau_pos,
+                tau_neg=o.policy.tau_neg,
                 ratio=o.policy.ratio,
                 rejection=o.off_policy.denominator,
             )
         )
+    if o.kl_cov.coef:
+        top = TopCovariance(o.kl_cov.share, source=o.kl_cov.source)
+        terms.append(KlTerm("kl_cov", o.kl_cov.coef, agg, (top,), estimator=o.kl_cov.form, against="logp_old"))
     if o.kl.place == "loss":
-        kl_agg = _aggregation(o, o.kl.aggregation)
+        kl_agg = _aggregation(o, length, o.kl.aggregation)
         terms.append(KlTerm(coef=o.kl.beta, aggregation=kl_agg, estimator=o.kl.estimator))
     if o.entropy_coef:
         terms.append(EntropyTerm(coef=o.entropy_coef, aggregation=agg))

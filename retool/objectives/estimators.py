@@ -11,10 +11,12 @@ from retool.objectives.advantages import (
     GroupKind,
     Std,
     adaptive_lambda,
+    discounted_returns,
     gae,
     group_advantage,
     reward_to_go,
     token_rewards,
+    turn_returns,
     whiten,
 )
 from retool.objectives.batch import Batch
@@ -78,7 +80,7 @@ class GroupRelative:
 
     def __call__(self, batch: Batch) -> Batch:
         a = group_advantage(batch["score"], batch["group"], batch["in_baseline"], self.kind, self.std, self.eps)
-        return _spread(batch, a)
+        return spread_advantage(batch, a)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,65 @@ class Raw:
     reads: frozenset[str] = frozenset({"score"})
 
     def __call__(self, batch: Batch) -> Batch:
-        return _spread(batch, batch["score"])
+        return spread_advantage(batch, batch["score"])
+
+
+@dataclass(frozen=True)
+class Ones:
+    """Every sample is as good as any other: with a filter on right answers, RAFT's advantage."""
+
+    reads: frozenset[str] = frozenset()
+
+    def __call__(self, batch: Batch) -> Batch:
+        return spread_advantage(batch, torch.ones_like(batch["score"]))
+
+
+@dataclass(frozen=True)
+class Returns:
+    """Discounted sum of the token rewards to the end, whitened over the rollout (REINFORCE++, 2501.03262).
+
+    The score stands on the last action token, a KL penalty on every token. `baseline`: the group's mean is taken off
+    the score first (its -baseline variant; no deviation of the group enters).
+    """
+
+    gamma: float = 1.0
+    baseline: bool = False
+    whiten: bool = True
+    unbiased: bool = True
+    reads: frozenset[str] = frozenset({"score"})
+
+    def __call__(self, batch: Batch) -> Batch:
+        action = batch["action"]
+        if self.baseline:
+            centred = group_advantage(batch["score"], batch["group"], batch["in_baseline"], "mean")
+            advantage = discounted_returns(token_rewards(batch.with_samples(score=centred)), action, batch, self.gamma)
+        else:
+            advantage = discounted_returns(token_rewards(batch), action, batch, self.gamma)
+        if self.whiten:
+            advantage = whiten(advantage, action, self.unbiased)
+        return batch.with_tokens(advantage=advantage)
+
+
+@dataclass(frozen=True)
+class TurnReturns:
+    """One advantage a turn: its discounted return, normalised over all turns of the group (GTPO, 2511.14846).
+
+    Reads the score (the last turn's reward) and, where there is one, the token column `turn_reward` (each turn's own
+    reward on its last action token; `reward.turns` fills it). Turn-aware: the number of turns matters, their length
+    does not.
+    """
+
+    gamma: float = 0.9
+    std: Std = "sample"
+    eps: float = 1e-6
+    reads: frozenset[str] = frozenset({"score", "group", "in_baseline"})
+
+    def __call__(self, batch: Batch) -> Batch:
+        returns, row, segment = turn_returns(batch, self.gamma)
+        if not len(returns):
+            return batch.with_tokens(advantage=torch.zeros(batch.n_tokens, dtype=batch["score"].dtype))
+        a = group_advantage(returns, batch["group"][row], batch["in_baseline"][row], "zscore", self.std, self.eps)
+        return batch.with_tokens(advantage=torch.where(batch["action"], a[segment.clamp(min=0)], 0.0))
 
 
 @dataclass(frozen=True)
@@ -101,7 +161,7 @@ class NoAdvantage:
         return batch
 
 
-def _spread(batch: Batch, advantage: Tensor) -> Batch:
+def spread_advantage(batch: Batch, advantage: Tensor) -> Batch:
     """Per-sample advantages onto tokens. A KL in the reward is added as reward-to-go, after normalisation."""
     tokens = torch.where(batch["action"], batch.spread(advantage), 0.0)
     if "kl_reward" in batch:

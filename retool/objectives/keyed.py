@@ -24,7 +24,22 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def token_uniform(batch: Batch, seed: int) -> Tensor:
-    """[N] float64 in [0, 1): one draw a token, from `seed`, the sample column `key` and the token's position."""
+    """[N] float64 in [0, 1): one draw a token, from `seed`, the sample column `key` and how many action tokens of the
+    sample come before it: a longer tool output moves nothing."""
     x = batch["key"][batch.row] ^ key_of("token", seed)
-    x = _mix(_mix(x) + batch.position * -7046029254386353131)
+    acted = batch["action"].to(torch.int64)
+    before = torch.cumsum(acted, 0) - acted
+    starts = torch.cat([before, before.new_zeros(1)])[batch.offsets[:-1]]
+    x = _mix(_mix(x) + (before - starts[batch.row]) * -7046029254386353131)
     return ((x >> 11) & 0x1F_FFFF_FFFF_FFFF).to(torch.float64) / 2.0**53
+
+
+def sample_uniform(batch: Batch, seed: int) -> Tensor:
+    """[B] float64 in [0, 1): one draw a sample, from `seed` and the sample column `key`."""
+    x = _mix(_mix(batch["key"] ^ key_of("sample", seed)))
+    return ((x >> 11) & 0x1F_FFFF_FFFF_FFFF).to(torch.float64) / 2.0**53
+
+
+def problem_key(problem: str) -> int:
+    """The key under which the sample column `problem` and the problem statistics of a state know a problem."""
+    return key_of("problem", problem)

@@ -19,17 +19,21 @@ from retool.objectives.aggregate import Rule
 from retool.objectives.base import (
     SCORES,
     AdvantageEstimator,
+    Aside,
     Critic,
+    Early,
     GroupFilter,
     KlPenalty,
     ObjectiveState,
     OffPolicy,
     Reference,
+    Remembering,
     Structure,
     Term,
     TokenSelector,
 )
 from retool.objectives.batch import Batch, Forward
+from retool.objectives.estimators import NoAdvantage
 from retool.objectives.filters import AccuracyFilter
 from retool.objectives.kl import adapt_beta, kl_estimate
 from retool.objectives.off_policy import importance
@@ -53,7 +57,8 @@ class Finalized:
 @dataclass(frozen=True)
 class Objective:
     """See the module. `train_on`: `sampled` tokens, or also `demo` tokens (imitation). `temperature`: at which
-    log-probs are taken. `filter_rule`: whether samples out of the loss leave the denominators."""
+    log-probs are taken. `filter_rule`: whether samples out of the loss leave the denominators. `reward_clip`: bound of
+    |score|. `aside`: a term on demonstrations beside the rollout (PTX)."""
 
     name: str
     advantage: AdvantageEstimator
@@ -68,6 +73,15 @@ class Objective:
     filter_rule: Rule = "kept"
     train_on: Literal["sampled", "demo"] = "sampled"
     temperature: float = 1.0
+    reward_clip: float | None = None
+    aside: Aside | None = None
+
+    @property
+    def beside(self) -> Objective | None:
+        """The objective of the term on demonstrations, which is imitation and nothing else."""
+        if self.aside is None:
+            return None
+        return Objective(self.aside.term.name, NoAdvantage(), (self.aside.term,), train_on="demo")
 
     @property
     def scores(self) -> frozenset[str]:
@@ -84,13 +98,14 @@ class Objective:
     @property
     def early_old(self) -> bool:
         """Whether something before the loss reads the old log-probs, so that they cannot come from the loss pass."""
-        selectors = any("logp_old" in s.reads for s in self.select)
+        every = (*self.select, *(s for t in self.terms for s in getattr(t, "select", ())))
+        selectors = any("logp_old" in s.reads and not s.current for s in every)
         return self.off_policy.active or self.kl.place == "reward" or self.kl.target is not None or selectors
 
     @property
-    def current(self) -> bool:
-        """Whether `finalize` needs the log-probs of the current weights."""
-        return any(t.current for t in self.terms) or any(s.current for s in self.select)
+    def current(self) -> frozenset[str]:
+        """Which of logp, entropy `finalize` needs of the current weights."""
+        return frozenset().union(*(t.current for t in self.terms), *(s.current for s in self.select))
 
     @property
     def needs(self) -> frozenset[str]:
@@ -103,6 +118,8 @@ class Objective:
         """Adds `advantage` (and `target`, off-policy columns, ...) to a scored rollout. Detached throughout."""
         metrics: dict[str, float] = {}
         with torch.no_grad():
+            if self.reward_clip is not None:
+                batch = batch.with_samples(score=batch["score"].clamp(-self.reward_clip, self.reward_clip))
             if self.off_policy.old == "rollout":
                 batch = batch.with_tokens(logp_old=batch["logp_rollout"])
             if self.off_policy.active:
@@ -113,7 +130,12 @@ class Objective:
                 batch = batch.with_tokens(critic_value=batch["value"] * std + mean)
                 if "bootstrap" in batch:
                     batch = batch.with_samples(critic_bootstrap=batch["bootstrap"] * std + mean)
-            batch = self.advantage(batch)
+            if isinstance(self.advantage, Remembering):
+                batch, state = self.advantage.estimate(batch, state)
+            else:
+                batch = self.advantage(batch)
+            for selector in self.select:
+                batch = selector.prepare(batch) if isinstance(selector, Early) else batch
             if self.critic is not None:
                 batch, state = self._targets(batch, state, self.critic, metrics)
             if "advantage" in batch and bool(batch["action"].any()):

@@ -3,10 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 from retool.objectives.objective import Objective
+
+
+def over(base: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
+    """A fragment laid over another one, mapping by mapping: what a preset changes about the one it starts from."""
+    out = deepcopy(base)
+    for name, values in sections.items():
+        _lay(out.setdefault(name, {}), values)
+    return out
+
+
+def _lay(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _lay(below[key], value)
+        else:
+            below[key] = deepcopy(value)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from torch import Tensor
 from retool.objectives.aggregate import Rule
 from retool.objectives.batch import Batch, Forward
 from retool.objectives.keyed import token_uniform
+from retool.objectives.ratio import old_logp, token_ratio
+from retool.objectives.surrogate import clip_fractions
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class LowProbability:
     below: float = 0.9
     rule: Rule = "kept"
     reads: frozenset[str] = frozenset({"logp_old"})
-    current: bool = False
+    current: frozenset[str] = frozenset()
 
     def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
         return mask & (batch["logp_old"] < math.log(self.below))
@@ -29,18 +31,54 @@ class LowProbability:
 
 @dataclass(frozen=True)
 class EntropyQuantile:
-    """The `share` of tokens of highest (or lowest) entropy under the old policy; exactly max(1, ceil(N·share)) of
-    them, ties broken by key (2506.01939: top 0.2)."""
+    """The `share` of tokens of highest (or lowest) entropy (2506.01939: top 0.2); exactly max(1, ceil(N·share)) of
+    them, ties broken by key.
+
+    `scope`: where N is counted: the mini-batch, the whole rollout, or each sequence by itself. `source`: entropy of the
+    old policy, taken once a rollout, or of the current one, so that the choice moves with the updates.
+    """
 
     share: float = 0.2
     side: Literal["top", "bottom"] = "top"
     rule: Rule = "kept"
-    reads: frozenset[str] = frozenset({"entropy"})
-    current: bool = False
+    scope: Literal["minibatch", "rollout", "sequence"] = "minibatch"
+    source: Literal["old", "current"] = "old"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"entropy"}) if self.source == "old" else frozenset()
+
+    @property
+    def current(self) -> frozenset[str]:
+        return frozenset({"entropy"}) if self.source == "current" else frozenset()
+
+    @property
+    def _column(self) -> str:
+        return f"selected/{self.side}-{self.share}"
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Scope 2: a choice over the whole rollout is made before it is cut into mini-batches."""
+        if self.scope != "rollout":
+            return batch
+        return batch.with_tokens(**{self._column: self._choose(batch, batch["action"] & batch.spread("in_loss"), None)})
 
     def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
-        value = batch["entropy"] if self.side == "top" else -batch["entropy"]
-        return top_k(value, mask, _count(mask, self.share), token_uniform(batch, 0))
+        if self.scope == "rollout":
+            return mask & batch[self._column]
+        return self._choose(batch, mask, current)
+
+    def _choose(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
+        entropy = batch["entropy"] if self.source == "old" else _need(current, "EntropyQuantile").need("entropy")
+        value = entropy if self.side == "top" else -entropy
+        tie = token_uniform(batch, 0)
+        if self.scope != "sequence":
+            return top_k(value, mask, _count(mask, self.share), tie)
+        out = torch.zeros_like(mask)
+        for row in range(len(batch)):
+            here = slice(int(batch.offsets[row]), int(batch.offsets[row + 1]))
+            if bool(mask[here].any()):
+                out[here] = top_k(value[here], mask[here], _count(mask[here], self.share), tie[here])
+        return out
 
 
 @dataclass(frozen=True)
@@ -51,7 +89,7 @@ class RandomTokens:
     seed: int = 0
     rule: Rule = "kept"
     reads: frozenset[str] = frozenset({"key"})
-    current: bool = False
+    current: frozenset[str] = frozenset()
 
     def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
         return mask & (token_uniform(batch, self.seed) < self.share)
@@ -59,21 +97,85 @@ class RandomTokens:
 
 @dataclass(frozen=True)
 class TopCovariance:
-    """The max(1, int(share·N)) tokens of highest (logp - mean)(A - mean) under the current weights: those that cost
-    most entropy (KL-Cov, 2505.22617). Scope is the whole mini-batch, so packing cannot change the choice."""
+    """The max(1, int(share·N)) tokens of highest (logp - mean)(A - mean): those that cost most entropy (KL-Cov,
+    2505.22617). Over the whole mini-batch, so packing cannot change the choice. `source`: whose log-probs."""
 
     share: float = 2e-4
     rule: Rule = "all_act"
-    reads: frozenset[str] = frozenset({"advantage"})
-    current: bool = True
+    source: Literal["current", "old"] = "current"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({"advantage"}) if self.source == "current" else frozenset({"advantage", "logp_old"})
+
+    @property
+    def current(self) -> frozenset[str]:
+        return frozenset({"logp"}) if self.source == "current" else frozenset()
 
     def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
-        if current is None:
-            raise ValueError("TopCovariance needs the current log-probs of the mini-batch")
         if not bool(mask.any()):
             return mask
-        covariance = token_covariance(current.need("logp"), batch["advantage"], mask)
+        logp = batch["logp_old"] if self.source == "old" else _need(current, "TopCovariance").need("logp")
+        covariance = token_covariance(logp, batch["advantage"], mask)
         return top_k(covariance, mask, max(1, int(self.share * int(mask.sum()))), token_uniform(batch, 0))
+
+
+@dataclass(frozen=True)
+class ClipCovariance:
+    """All tokens but a random few of high covariance (Clip-Cov, 2505.22617): max(1, int(share·N)) of those with
+    covariance in (`low`, `high`) that the PPO clip has not taken already, keyed by (seed, trajectory, token).
+
+    What is left out has no loss and stays in the denominator. `source`: whose log-probs enter the covariance; the
+    ratio of the clip is always current / old.
+    """
+
+    share: float = 2e-4
+    low: float = 1.0
+    high: float = 5.0
+    clip_low: float | None = 1.0
+    clip_high: float | None = 1.0
+    seed: int = 0
+    rule: Rule = "all_act"
+    source: Literal["old", "current"] = "current"
+    reads: frozenset[str] = frozenset({"advantage", "logp_old"})
+    current: frozenset[str] = frozenset({"logp"})
+
+    def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
+        if not bool(mask.any()):
+            return mask
+        logp, advantage = _need(current, "ClipCovariance").need("logp"), batch["advantage"]
+        old = old_logp(batch, logp)
+        covariance = token_covariance(old if self.source == "old" else logp, advantage, mask)
+        low, high = clip_fractions(token_ratio(logp, old, mask), advantage, self.clip_low, self.clip_high)
+        eligible = mask & ~low & ~high & (covariance > self.low) & (covariance < self.high)
+        n = max(1, int(self.share * int(mask.sum())))
+        draw = token_uniform(batch, self.seed)
+        return mask & ~top_k(draw, eligible, n, draw)
+
+
+@dataclass(frozen=True)
+class OffPolicyMask:
+    """All but the sequences of negative advantage that the current policy has left: mean over the sequence of
+    logp_old - logp above `delta` (DeepSeek-V3.2). Such samples teach little and their gradient is large."""
+
+    delta: float = 0.5
+    rule: Rule = "all_act"
+    reads: frozenset[str] = frozenset({"advantage", "logp_old"})
+    current: frozenset[str] = frozenset({"logp"})
+
+    def __call__(self, batch: Batch, mask: Tensor, current: Forward | None) -> Tensor:
+        logp = _need(current, "OffPolicyMask").need("logp")
+        zero = torch.zeros_like(logp)
+        n = batch.sum(mask.to(logp.dtype)).clamp(min=1)
+        gap = batch.sum(torch.where(mask, old_logp(batch, logp) - logp, zero)) / n
+        advantage = batch.sum(torch.where(mask, batch["advantage"], zero)) / n
+        return mask & ~((advantage < 0) & (gap > self.delta))[batch.row]
+
+
+def _need(current: Forward | None, name: str) -> Forward:
+    if current is None:
+        raise ValueError(f"{name} needs the current outputs of the policy for the whole mini-batch")
+    return current
 
 
 def token_covariance(logp: Tensor, advantage: Tensor, mask: Tensor) -> Tensor:

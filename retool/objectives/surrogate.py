@@ -1,4 +1,5 @@
-"""The clipped surrogate of PPO (1707.06347), with DAPO's asymmetric clip and the dual clip (1912.09729)."""
+"""Policy-gradient surrogates: PPO's clip (1707.06347) with DAPO's asymmetry and the dual clip (1912.09729), CISPO's
+weighted log-probs (2506.13585), SAPO's soft gate (2511.20347)."""
 
 from __future__ import annotations
 
@@ -23,6 +24,20 @@ def clip_surrogate(
     if dual_clip is None:
         return loss
     return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+
+
+def cispo_surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, low: float | None, high: float | None) -> Tensor:
+    """[N] -sg[clamp(r, low, high)] A log π: every token keeps a gradient, its weight is bounded (absolute)."""
+    weight = ratio.detach()
+    if low is not None or high is not None:
+        weight = weight.clamp(low, high)
+    return -weight * advantage * logp
+
+
+def sapo_surrogate(ratio: Tensor, advantage: Tensor, tau_pos: float, tau_neg: float) -> Tensor:
+    """[N] -A (4/τ) σ(τ (r - 1)), τ by the sign of the advantage. Its slope in r at r = 1 is -A, as without a gate."""
+    tau = torch.where(advantage > 0, tau_pos, tau_neg).to(ratio.dtype)
+    return -advantage * 4 / tau * torch.sigmoid(tau * (ratio - 1))
 
 
 def clip_fractions(

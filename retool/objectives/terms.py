@@ -13,8 +13,8 @@ from retool.objectives.aggregate import Aggregation, Rule
 from retool.objectives.base import Dropped, ObjectiveError, RoleName, TokenSelector
 from retool.objectives.batch import Batch, Forward
 from retool.objectives.kl import Estimator, kl_estimate
-from retool.objectives.ratio import sequence_ratio, token_ratio
-from retool.objectives.surrogate import clip_fractions, clip_surrogate
+from retool.objectives.ratio import old_logp, sequence_ratio, token_ratio
+from retool.objectives.surrogate import cispo_surrogate, clip_fractions, clip_surrogate, sapo_surrogate
 from retool.objectives.value import value_loss
 
 LOGP, ENTROPY, VALUE = frozenset({"logp"}), frozenset({"entropy"}), frozenset({"value"})
@@ -43,8 +43,8 @@ class TokenTerm:
         return frozenset().union(*(s.reads for s in self.select))
 
     @property
-    def current(self) -> bool:
-        return any(s.current for s in self.select)
+    def current(self) -> frozenset[str]:
+        return frozenset().union(*(s.current for s in self.select))
 
     def mask(self, batch: Batch) -> Tensor:
         """[N] bool: the tokens this term is about, before filters and selectors."""
@@ -63,8 +63,11 @@ class TokenTerm:
     ) -> tuple[Batch, float]:
         base = self.mask(batch)
         masks = [*dropped, *self.drops(batch)]
+        left = base  # what filters and rejections leave is what selectors choose from
+        for mask, _ in masks:
+            left = left & mask
         for selector in (*self.select, *(selectors if self.selected else ())):
-            masks.append((selector(batch, base, now), selector.rule))
+            masks.append((base & ~left | selector(batch, left, now), selector.rule))
         counted, denominated = base, base
         for mask, rule in masks:
             counted = counted & mask
@@ -89,27 +92,29 @@ class TokenTerm:
         return {}
 
 
-def old_logp(batch: Batch, logp: Tensor) -> Tensor:
-    """[N] the column `logp_old`, or the current log-probs without gradient when the old ones are `detached`."""
-    old = batch.get("logp_old")
-    return logp.detach() if old is None else old
-
-
 @dataclass(frozen=True)
 class PolicyTerm(TokenTerm):
-    """The (clipped) policy gradient, at most once weighted by an off-policy correction."""
+    """The policy gradient, at most once weighted by an off-policy correction.
+
+    `kind`: see `retool.objectives.surrogate`; `plain` is -A log π. `cap`: CISPO's absolute bound of the ratio, in the
+    place of 1 - `clip_low` and 1 + `clip_high`.
+    """
 
     name: str = "policy"
+    kind: Literal["clip", "cispo", "sapo", "plain"] = "clip"
     clip_low: float | None = 0.2
     clip_high: float | None = 0.2
     dual_clip: float | None = None
+    cap: float | None = None
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
     ratio: Literal["token", "sequence"] = "token"
     selected: bool = True
     rejection: Rule = "all_act"
 
     @property
     def reads(self) -> frozenset[str]:
-        return super().reads | {"advantage", "logp_old"}
+        return super().reads | ({"advantage"} if self.kind == "plain" else {"advantage", "logp_old"})
 
     def drops(self, batch: Batch) -> Dropped:
         kept = batch.get("off_policy_kept")
@@ -122,16 +127,41 @@ class PolicyTerm(TokenTerm):
         return sequence_ratio(logp, old, batch["action"], batch)
 
     def per_token(self, batch: Batch, forward: Forward) -> Tensor:
-        ratio = self.ratios(batch, forward.need("logp"))
-        loss = clip_surrogate(ratio, batch["advantage"], self.clip_low, self.clip_high, self.dual_clip)
+        loss = self.surrogate(batch, forward.need("logp"))
         weight = batch.get("off_policy_weight")
         return loss if weight is None else loss * weight
 
+    def surrogate(self, batch: Batch, logp: Tensor) -> Tensor:
+        """[N] the loss before any correction: what a subclass replaces."""
+        advantage = batch["advantage"]
+        if self.kind == "plain":
+            return -advantage * logp
+        ratio = self.ratios(batch, logp)
+        if self.kind == "sapo":
+            return sapo_surrogate(ratio, advantage, self.tau_pos, self.tau_neg)
+        if self.kind == "cispo":
+            return cispo_surrogate(logp, ratio, advantage, *self.bounds)
+        return clip_surrogate(ratio, advantage, self.clip_low, self.clip_high, self.dual_clip)
+
+    @property
+    def bounds(self) -> tuple[float | None, float | None]:
+        """Smallest and largest ratio of CISPO."""
+        if self.cap is not None:
+            return None, self.cap
+        low = None if self.clip_low is None else max(0.0, 1 - self.clip_low)
+        return low, None if self.clip_high is None else 1 + self.clip_high
+
     def diagnostics(self, batch: Batch, forward: Forward) -> dict[str, Tensor]:
         logp = forward.need("logp").detach()
-        action = batch["action"]
-        low, high = clip_fractions(self.ratios(batch, logp), batch["advantage"], self.clip_low, self.clip_high)
+        action, advantage = batch["action"], batch["advantage"]
         gap = torch.where(action, old_logp(batch, logp) - logp, torch.zeros_like(logp))
+        if self.kind in ("plain", "sapo"):
+            return {"approx_kl": gap.sum()}
+        ratio = self.ratios(batch, logp)
+        low, high = clip_fractions(ratio, advantage, self.clip_low, self.clip_high)
+        if self.kind == "cispo":
+            least, most = self.bounds
+            low, high = ratio < (0.0 if least is None else least), ratio > (torch.inf if most is None else most)
         return {"clip_low": (low & action).sum(), "clip_high": (high & action).sum(), "approx_kl": gap.sum()}
 
 
@@ -221,7 +251,7 @@ class PairTerm:
     role: RoleName = "policy"
     needs: frozenset[str] = LOGP
     reads: frozenset[str] = frozenset({"pair", "score", "logp_ref", "in_loss"})
-    current: bool = False
+    current: frozenset[str] = frozenset()
 
     def plan(
         self,

@@ -14,6 +14,7 @@ from retool.errors import UserError
 from retool.records import Problem
 
 _LONGEST_META = 500  # characters of a row's other fields that are worth carrying along
+TESTS = ("input_output", "private_tests", "generated_tests", "public_tests")  # columns of code problems, kept whole
 
 _FIX = "correct or remove the row, or set problems.skip_bad"
 
@@ -95,6 +96,16 @@ def _hub(config: ProblemsConfig) -> Iterator[Row]:
 def to_problem(config: ProblemsConfig, where: str, row: Mapping[str, Any], identity: str) -> Problem:
     """Raises `ProblemError` for a missing field, an empty question, or no answer."""
     prompt = _field(row, config.prompt_field, "prompt_field", where)
+    tests = {k: _plain(row[k]) for k in TESTS if row.get(k) is not None}
+    if tests and config.answer_field not in row:  # a program has no reference, only tests
+        return Problem(
+            identity,
+            prompt,
+            "",
+            source=str(config.path),
+            family=Path(str(config.path)).stem,
+            meta=_meta(config, row, tests),
+        )
     whole = _field(row, config.answer_field, "answer_field", where)
     answer = whole
     if config.answer_pattern is not None:
@@ -105,7 +116,7 @@ def to_problem(config: ProblemsConfig, where: str, row: Mapping[str, Any], ident
                 "correct the pattern, remove the row, or set problems.skip_bad"
             )
         answer = match.group(1).strip()
-    meta = {k: v for k, v in row.items() if k not in (config.prompt_field, config.answer_field) and _small(v)}
+    meta = _meta(config, row, tests)
     if answer != whole:
         meta["teacher"] = {"solution": whole}
     return Problem(identity, prompt, answer, source=str(config.path), family=Path(str(config.path)).stem, meta=meta)
@@ -134,6 +145,20 @@ def _pattern(pattern: str) -> re.Pattern[str]:
     if compiled.groups < 1:
         raise ProblemError(f"problems.answer_pattern {pattern!r} has no group; put the answer in parentheses")
     return compiled
+
+
+def _meta(config: ProblemsConfig, row: Mapping[str, Any], tests: dict[str, Any]) -> dict[str, Any]:
+    named = (config.prompt_field, config.answer_field)
+    return {k: v for k, v in row.items() if k not in named and k not in tests and _small(v)} | tests
+
+
+def _plain(value: Any) -> Any:
+    """Lists and dictionaries of a row as what JSON has; parquet and hub sets bring arrays."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, str | int | float | None):
+        return value
+    return [_plain(v) for v in value]
 
 
 def _small(value: Any) -> bool:

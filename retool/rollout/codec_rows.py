@@ -129,4 +129,5 @@ def reward_record(reward: RewardResult) -> str:
 def load_reward(text: str) -> RewardResult:
     raw = json.loads(text)
     raw["flags"] = tuple(raw["flags"])
+    raw["turn_rewards"] = tuple(raw.get("turn_rewards", ()))
     return RewardResult(**raw)

@@ -12,10 +12,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from retool.config import Recipe
-from retool.engines.base import Engine, Sampling
+from retool.engines.base import Engine, ForkProbe, Sampling
 from retool.engines.sampler import mix_seed
 from retool.protocols.codec import Codec
 from retool.records import Group, Problem, RewardResult, Trajectory
+from retool.rewards.batch_scores import zscore_groups
 from retool.rollout.episode import Episode, EpisodeSettings
 from retool.rollout.groups import shuffle_scores
 from retool.rollout.log import RolloutLog
@@ -61,38 +62,46 @@ class Collector:
             raise RolloutError("deterministic: true needs an engine in lockstep mode")
 
     async def collect(
-        self, step: int, problems: Sequence[Problem], version: int, progress: Progress | None = None
+        self,
+        step: int,
+        problems: Sequence[Problem],
+        version: int,
+        progress: Progress | None = None,
+        first: int = 0,
     ) -> list[Group]:
         """The groups of a step, in the order of `problems`; group g is `{step}.{g}`, its members `{step}.{g}.{i}`.
 
-        Groups that the log already holds are read, not sampled again (in deterministic mode: only when all of them
-        are there, otherwise the step starts over). `version` is the policy version that new tokens are expected to
+        A step may be collected in several batches: the groups of a later one are numbered from `first` on. Groups that
+        the log already holds are read, not sampled again (in deterministic mode: only when the whole batch is there,
+        otherwise the step starts over). `version` is the policy version that new tokens are expected to
         have. Raises `RolloutError` when more than `rollout.max_failed_share` of the trajectories is lost; the step is
         then dropped from the log, so that a later run samples it anew.
         """
         if self.log is None:
             raise RolloutError("collect needs a rollout log")
-        ids = [f"{step}.{g}" for g in range(len(problems))]
-        done = {g.id: g for g in self._logged(step, ids, problems)}
+        ids = [f"{step}.{first + g}" for g in range(len(problems))]
+        done = {g.id: g for g in self._logged(step, ids, problems, first)}
         missing = [g for g, group_id in enumerate(ids) if group_id not in done]
-        size = self.recipe.rollout.group_size
+        size = self.recipe.rollout.members
         tally = _Tally(total=len(ids) * size, limit=self.recipe.rollout.max_failed_share, progress=progress)
         tally.add(t for g in done.values() for t in g.trajectories)
         try:
             tally.check()
             if self.recipe.deterministic:
-                fresh = [
-                    g for wave in self._waves(missing, size) for g in await self._wave(step, wave, problems, tally)
-                ]
+                fresh = []
+                for wave in self._waves(missing, size):
+                    fresh += await self._wave(step, first, wave, problems, tally)
                 self.log.append_all(fresh)
             else:
-                fresh = await _gather([self._group(step, g, problems[g], tally, self.log.append) for g in missing])
+                append = self.log.append
+                fresh = await _gather([self._group(step, first + g, problems[g], tally, append) for g in missing])
         except RolloutError:
             self.log.drop_step(step)
             raise
         self._check_versions(fresh, version)
         done |= {g.id: g for g in fresh}
         groups = [done[i] for i in ids]
+        groups = zscore_groups(groups) if self.recipe.reward.zscore == "batch" else groups
         return shuffle_scores(groups, self.recipe.seed, step) if self.recipe.reward.shuffle else groups
 
     async def evaluate(
@@ -107,9 +116,9 @@ class Collector:
 
         `sampling` defaults to the recipe's `eval` section. With `tool=False` the string that opens a call is banned.
         """
-        sampling = sampling or Sampling(
-            self.recipe.rollout.max_tokens, self.recipe.eval.temperature, self.recipe.eval.top_p
-        )
+        sampling = sampling or eval_sampling(self.recipe, self.codec)
+        if sampling.probe is not None and not self.engine.capabilities.probe:
+            raise RolloutError("this engine cannot choose temperatures by position: leave out eval.fork_temperature")
         settings = EpisodeSettings.of(self.recipe, self.codec, tool, sampling)
         total = len(problems) * samples
         tally = _Tally(total, self.recipe.rollout.max_failed_share, progress)
@@ -138,7 +147,7 @@ class Collector:
     ) -> Group:
         settings = EpisodeSettings.of(self.recipe, self.codec, self.recipe.rollout.tool)
         group = f"{step}.{g}"
-        seeds = [mix_seed(self.recipe.seed, _TRAIN, step, g, i) for i in range(self.recipe.rollout.group_size)]
+        seeds = [mix_seed(self.recipe.seed, _TRAIN, step, g, i) for i in range(self.recipe.rollout.members)]
         members = await _gather(
             [
                 self._member(settings, f"{group}.{i}", problem, group, i, seed, self._gate(), tally)
@@ -150,9 +159,11 @@ class Collector:
             commit(made)
         return made
 
-    async def _wave(self, step: int, wave: Sequence[int], problems: Sequence[Problem], tally: _Tally) -> list[Group]:
-        self._expect(len(wave) * self.recipe.rollout.group_size)
-        return await _gather([self._group(step, g, problems[g], tally, None) for g in wave])
+    async def _wave(
+        self, step: int, first: int, wave: Sequence[int], problems: Sequence[Problem], tally: _Tally
+    ) -> list[Group]:
+        self._expect(len(wave) * self.recipe.rollout.members)
+        return await _gather([self._group(step, first + g, problems[g], tally, None) for g in wave])
 
     async def _member(
         self,
@@ -208,6 +219,7 @@ class Collector:
         if each < 1:
             raise RolloutError(
                 f"deterministic: true needs engine.slots ({self._wave_slots()}) >= rollout.group_size ({size})"
+                + (" x rollout.oversample" if self.recipe.rollout.oversample > 1 else "")
             )
         return [groups[i : i + each] for i in range(0, len(groups), each)]
 
@@ -216,14 +228,18 @@ class Collector:
         if expect is not None:
             expect(n)
 
-    def _logged(self, step: int, ids: Sequence[str], problems: Sequence[Problem]) -> list[Group]:
-        """What a run that was cut off left of this step."""
+    def _logged(self, step: int, ids: Sequence[str], problems: Sequence[Problem], first: int) -> list[Group]:
+        """What a run that was cut off left of this batch of the step."""
         assert self.log is not None
         present = self.log.group_ids(step)
-        if self.recipe.deterministic and present and set(present) != set(ids):
+        here = [i for i in present if i in set(ids)]
+        dynamic = self.recipe.rollout.dynamic.kind != "none"
+        if self.recipe.deterministic and (0 < len(here) < len(ids) or (present and not here and first == 0)):
             self.log.drop_step(step)
+            if first:
+                raise RolloutError(f"the log held part of a batch of step {step}; the step was dropped: --resume")
             return []
-        groups = self.log.read_step(step)
+        groups = [self.log.read_group(i) for i in (here if dynamic else present)]
         for group in groups:
             if group.id not in ids or problems[ids.index(group.id)] != group.problem:
                 raise RolloutError(
@@ -238,6 +254,21 @@ class Collector:
             self.counters["stale_turns"] += sum(
                 any(v != version for _, v in s.versions) for s in t.transcript.policy_spans
             )
+
+
+def eval_sampling(recipe: Recipe, codec: Codec) -> Sampling:
+    """What `recipe.eval` says, the probe of temperatures at forking tokens included."""
+    e = recipe.eval
+    probe = None
+    if e.fork_temperature is not None or e.rest_temperature is not None:
+        probe = ForkProbe(
+            e.temperature if e.fork_temperature is None else e.fork_temperature,
+            e.temperature if e.rest_temperature is None else e.rest_temperature,
+            e.fork_entropy,
+            codec.protocol.call_open,
+            codec.protocol.stop,
+        )
+    return Sampling(recipe.rollout.max_tokens, e.temperature, e.top_p, probe=probe)
 
 
 class _Tally:

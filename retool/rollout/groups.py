@@ -49,6 +49,10 @@ def to_sample(trajectory: Trajectory) -> TrainSample:
         tool_error_rate=tool_error_rate(trajectory),
         void=VOID in trajectory.flags,
         truncated=trajectory.status.startswith("truncated"),
+        problem=trajectory.problem.id,
+        turn_rewards=reward.turn_rewards,
+        tool_calls=len(trajectory.tool_calls),
+        format_penalty=format_penalty(trajectory),
     )
 
 
@@ -56,6 +60,16 @@ def tool_error_rate(trajectory: Trajectory) -> float:
     """Share of calls that did not end well, malformed ones included; 0 without calls."""
     calls = trajectory.tool_calls
     return sum(not c.ok for c in calls) / len(calls) if calls else 0.0
+
+
+def format_penalty(trajectory: Trajectory) -> float:
+    """1 without an answer, else the answers beyond the first a turn, at most 1 (rStar2-Agent's penalty)."""
+    if trajectory.reward is None or "no_answer" in trajectory.reward.flags:
+        return 1.0
+    text = trajectory.policy_text
+    answers = max(text.count("<answer>"), text.count("\\boxed{"), 1)
+    turns = len({s.turn for s in trajectory.transcript.spans if s.origin == "policy"})
+    return min(1.0, (answers - 1) / max(turns, 1))
 
 
 def shuffle_scores(groups: Sequence[Group], seed: int, step: int) -> list[Group]:

@@ -22,11 +22,12 @@ class StepLedgerError(Exception):
 @dataclass
 class StepRecord:
     """`samples`: what was trained on, in order (a list of mini-batches when the learner wrote one). `metrics` is None
-    when the step began but did not end."""
+    when the step began but did not end. `memory`: what the next step's draw of problems needs to know, if anything."""
 
     step: int
     samples: list[Any]
     metrics: dict[str, Any] | None = None
+    memory: dict[str, Any] | None = None
 
 
 class StepLedger:
@@ -38,11 +39,12 @@ class StepLedger:
         self._cut_torn_line()
         self._last = max((r.step for r in self.read()), default=-1)
 
-    def plan(self, step: int, samples: Sequence[Any]) -> None:
+    def plan(self, step: int, samples: Sequence[Any], memory: Mapping[str, Any] | None = None) -> None:
         """Before the update: on disk when this returns."""
         if step <= self._last:
             raise StepLedgerError(f"{self.path}: step {step} was planned before (last: {self._last}); truncate first")
-        self._write({"step": step, "samples": list(samples)})
+        row: dict[str, Any] = {"step": step, "samples": list(samples)}
+        self._write(row if memory is None else {**row, "memory": dict(memory)})
         self._last = step
 
     def finish(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -88,7 +90,7 @@ def read_steps(path: Path | str) -> list[StepRecord]:
         try:
             row = json.loads(line)
             if "samples" in row:
-                found.append(StepRecord(row["step"], row["samples"]))
+                found.append(StepRecord(row["step"], row["samples"], memory=row.get("memory")))
             elif found and found[-1].step == row["step"]:
                 found[-1].metrics = row["metrics"]
             else:

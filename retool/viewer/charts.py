@@ -58,6 +58,52 @@ def bar_chart(title: str, groups: Sequence[str], series: Mapping[str, Sequence[t
         plt.close(fig)
 
 
+def heat_map(title: str, names: Sequence[str], matrix: Sequence[Sequence[float]]) -> str:
+    """A square of values in -1..1 with their numbers, as a `data:` URI; what is not a number stays empty."""
+    side = 1.8 + 0.42 * len(names)
+    fig, ax = plt.subplots(figsize=(side + 0.8, side), layout="constrained")
+    try:
+        image = ax.imshow([list(row) for row in matrix], cmap="RdBu", vmin=-1, vmax=1)
+        ax.set_xticks(range(len(names)), names, fontsize=8, rotation=60, ha="right", rotation_mode="anchor")
+        ax.set_yticks(range(len(names)), names, fontsize=8)
+        for y, row in enumerate(matrix):
+            for x, value in enumerate(row):
+                if math.isfinite(value):
+                    color = "white" if abs(value) > 0.7 else "black"
+                    ax.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=color)
+        ax.set_title(title, fontsize=10, loc="left")
+        fig.colorbar(image, ax=ax, shrink=0.7).ax.tick_params(labelsize=8)
+        return _svg(fig)
+    finally:
+        plt.close(fig)
+
+
+def range_chart(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float]]], lines: Mapping[str, float | None] | None = None
+) -> str:
+    """Side by side, a panel of (value, low, high) a name each, names from top to bottom, as a `data:` URI. `lines`:
+    a vertical line in some panels."""
+    names = list(dict.fromkeys(name for values in panels.values() for name in values))
+    size = (4.2 * len(panels) + 1.6, 0.9 + 0.24 * len(names))
+    fig, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    try:
+        for ax, (title, values) in zip(axes[0], panels.items(), strict=True):
+            for name, (value, low, high) in values.items():
+                y = names.index(name)
+                ax.plot([low, high], [y, y], color=PALETTE[0], alpha=0.45, linewidth=2)
+                ax.plot([value], [y], "o", color=PALETTE[0], markersize=4)
+            if (line := (lines or {}).get(title)) is not None:
+                ax.axvline(line, color="#6b7280", linestyle="--", linewidth=1)
+            ax.set_yticks(range(len(names)), names, fontsize=8)
+            ax.set_title(title, fontsize=10, loc="left")
+            ax.tick_params(labelsize=8)
+            ax.grid(alpha=0.25)
+        axes[0][0].invert_yaxis()
+        return _svg(fig)
+    finally:
+        plt.close(fig)
+
+
 def _svg(fig: plt.Figure) -> str:
     buffer = io.BytesIO()
     fig.savefig(buffer, format="svg", metadata={"Date": None})

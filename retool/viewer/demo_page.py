@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from retool.entropy_law import EntropyLaw
 from retool.protocols.codec import Codec
 from retool.records import Trajectory
 from retool.viewer.charts import bar_chart, line_chart
@@ -58,8 +59,18 @@ def rl_charts(metrics: Sequence[dict[str, float]]) -> list[str]:
         ("Tool use", {**series(code="rollout/code_ratio"), **series(**{"calls that ran": "rollout/calls_ok"})}, True),
         ("Length (tokens)", series(all="rollout/length", **{"written by the model": "rollout/model_length"}), False),
         ("Entropy", series(entropy="entropy"), False),
+        ("Share of sampled groups that are mixed", series(mixed="dynamic/mixed"), True),
     )
     return [line_chart(title, data, bounded=bounded) for title, data, bounded in wanted if data]
+
+
+def law_table(law: EntropyLaw | None) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The fit of reward on entropy as a table of a page; nothing when there was nothing to fit."""
+    if law is None:
+        return []
+    header = ["law", "a", "b", "ceiling at entropy 0 (b - a)", "R²", "steps"]
+    row = ["accuracy = -a exp(entropy) + b", *(f"{x:.3f}" for x in (law.a, law.b, law.ceiling, law.r2)), str(law.n)]
+    return [("What entropy bought (2505.22617)", header, [row])]
 
 
 def by_family(metrics: Sequence[dict[str, float]], key: str) -> dict[str, list[float]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from retool.config import Recipe
+from retool.entropy_law import fit_run
 from retool.errors import UserError
 from retool.files import write_text
 from retool.models import load_tokenizer
@@ -16,7 +17,7 @@ from retool.rollout.log import RolloutLog
 from retool.rollout.step_ledger import read_steps
 from retool.run_folder import LEDGER, RECIPE, ROLLOUTS
 from retool.train import tags_of
-from retool.viewer.demo_page import rl_charts
+from retool.viewer.demo_page import law_table, rl_charts
 from retool.viewer.page import Page, render, trace_view
 
 GROUPS_SHOWN = 3
@@ -33,7 +34,8 @@ def write_run_page(run: Path, out: Path) -> Path:
     page.charts = rl_charts(metrics)
     if metrics:
         last = metrics[-1]
-        page.tables = [("Last step", ["metric", "value"], [[k, f"{v:.6g}"] for k, v in sorted(last.items())])]
+        rows = [[k, f"{v:.6g}"] for k, v in sorted(last.items())]
+        page.tables = [*law_table(fit_run(metrics)), ("Last step", ["metric", "value"], rows)]
         with RolloutLog(run / ROLLOUTS, read_only=True) as log:
             steps = log.steps()
             for step in dict.fromkeys((steps[0], steps[-1])) if steps else ():

@@ -17,23 +17,35 @@ from retool.learner.collate import Rollout
 from retool.learner.metrics import Mean
 from retool.learner.shard import copy_into, full
 from retool.models import load_tokenizer, tiny_model
-from retool.objectives import Aggregation, Critic, Objective, Reference, Structure, build_objective, preset_fragment
-from retool.objectives.estimators import Gae, GroupRelative, NoAdvantage, Raw
-from retool.objectives.selectors import LowProbability, TopCovariance
+from retool.objectives import (
+    PRESETS,
+    Aggregation,
+    Critic,
+    Objective,
+    Reference,
+    Structure,
+    build_objective,
+    preset_fragment,
+)
+from retool.objectives.estimators import Gae, NoAdvantage, Raw
+from retool.objectives.selectors import LowProbability
 from retool.objectives.terms import KlTerm, PairTerm, PolicyTerm, ValueTerm
 from retool.records import TrainSample
 from retool.transcript import Sample, Span, Transcript, digest_tokens
 
 TINY = TinyModelConfig(hidden=16, layers=2, heads=2, intermediate=32, context=96)
-PRESET_NAMES = ("sft", "grpo", "ppo_rlhf")
-PROOFS = ("gspo", "dpo", "kl_cov", "gae", "spo_mix")
+PRESET_NAMES = ("sft", "grpo", "ppo_rlhf", "vapo", "gspo", "kl_cov")
+"""Presets that every test runs; those of `test_invariance` run all."""
+PROOFS = ("dpo", "gae", "spo_mix")
+WIDE: dict[str, Any] = {"geo_rs": {"off_policy": {"reject": "geo", "low": 0.1, "high": 10.0, "denominator": "kept"}}}
+"""Log-probs of these rollouts are made up, far from the model's: what would reject all of them is wider here."""
 
 
 def recipe(preset: str, out: Path, **sections: dict[str, Any]) -> Recipe:
     """The preset's recipe with small-scale values; `sections` are merged over it key by key."""
     merged: dict[str, Any] = preset_fragment(preset)
     base = {"rollout": {"group_size": 4, "prompts": 3}, "learner": {"lr": 1e-3, "updates": 2}, "model": {"tiny": {}}}
-    for source in (base, sections):
+    for source in (base, {"objective": WIDE.get(preset, {})}, sections):
         for name, values in source.items():
             merged[name] = {**merged.get(name, {}), **values}
     return Recipe(out=str(out), **merged)
@@ -72,27 +84,30 @@ def samples(
             score = accuracy if not pairs else float(i % 2)
             out.append(
                 TrainSample(
-                    f"0.{g}.{i}", f"0.{g}", Sample.whole(Transcript(spans)), score, accuracy, pair, truncated=i == 3
+                    f"0.{g}.{i}",
+                    f"0.{g}",
+                    Sample.whole(Transcript(spans)),
+                    score,
+                    accuracy,
+                    pair,
+                    truncated=i == 3,
+                    void=i == 2 and g == 1,
+                    tool_calls=i % 2,
+                    tool_error_rate=0.5 * (i % 2),
+                    problem=f"problem-{g}",
+                    turn_rewards=(-0.1 * (i % 2), 0.1 * (i % 2)),
                 )
             )
     return out
 
 
 def objective(name: str, out: Path) -> Objective:
-    """A preset's objective, or one of the five that only prove the contracts."""
-    if name in PRESET_NAMES:
+    """A preset's objective, or one of those that only prove the contracts."""
+    if name in PRESETS:
         return build_objective(recipe(name, out))
-    frozen, sample = Reference(), Aggregation("seq_mean_token_mean")
-    group = GroupRelative()
-    if name == "gspo":
-        term = PolicyTerm(aggregation=sample, clip_low=3e-4, clip_high=4e-4, ratio="sequence")
-        return Objective(name, group, (term,), Structure("group"))
+    frozen = Reference()
     if name == "dpo":
         return Objective(name, NoAdvantage(), (PairTerm(),), Structure("pairs"), reference=frozen)
-    if name == "kl_cov":
-        free = PolicyTerm(clip_low=None, clip_high=None)
-        leash = KlTerm("kl_cov", 1.0, select=(TopCovariance(0.1),), estimator="abs_k1", against="logp_old")
-        return Objective(name, group, (free, leash), Structure("group"))
     if name == "gae":
         terms = (PolicyTerm(), ValueTerm())
         return Objective(name, Gae(0.99, 0.95, 0.98, bootstrap=True), terms, critic=Critic(normalise=True))
@@ -140,10 +155,23 @@ class GradientKeeper(Learner):
 
 def keeper(name: str, out: Path, world: World | None = None, **learner: Any) -> GradientKeeper:
     """A `GradientKeeper` for objective `name` on the small float64 model."""
-    base = recipe(name if name in PRESET_NAMES else "grpo", out, learner=learner)
+    base = recipe(name if name in PRESETS else "grpo", out, learner=learner)
     made = GradientKeeper.create(base, objective(name, out), model(), load_tokenizer(base.model), world=world)
     assert isinstance(made, GradientKeeper)
     return made
+
+
+def busy_ppo(out: Path, world: World | None = None, dtype: torch.dtype = torch.float64, **learner: Any) -> Learner:
+    """PPO with everything that lives beside the rollout: a reference that moves and imitation of demonstrations."""
+    changes = {
+        "reference": {"kind": "ema", "eta": 0.3},
+        "kl": {"place": "reward", "estimator": "k1", "beta": 0.5},
+        "critic": {"kind": "policy", "normalise": True},
+        "ptx": {"coef": 0.05, "batch": 3},
+    }
+    base = recipe("ppo_rlhf", out, learner=learner, objective=changes)
+    tokenizer, demos = load_tokenizer(base.model), samples(groups=2, size=2, seed=7, demo=True)
+    return Learner.create(base, build_objective(base), model(dtype=dtype), tokenizer, world=world, demos=demos)
 
 
 def losses(metrics: dict[str, float]) -> dict[str, float]:

@@ -9,17 +9,18 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from retool.learner import Learner, World
-from retool.models import load_tokenizer
-from tests.learner.build_runs import keeper, losses, model, objective, recipe, rollout_for
+from retool.learner import World
+from retool.learner.checkpoint import module_tensors
+from tests.learner.build_runs import busy_ppo, keeper, losses, rollout_for
 
 
-def main(folder: Path, names: list[str]) -> None:
+def main(folder: Path, names: list[str], whole_only: list[str]) -> None:
+    """`names` with whole and with sharded networks, `whole_only` with whole ones."""
     torch.set_num_threads(1)
     world = World.from_env()
     assert world.size == 2
     for shard in ("none", "fsdp"):
-        for name in names:
+        for name in (*names, *whole_only) if shard == "none" else names:
             learner = keeper(name, folder, world, micro_samples=4, shard=shard)
             metrics = learner.step(rollout_for(name))
             values = {f"value/{k}": torch.tensor(v, dtype=torch.float64) for k, v in losses(metrics).items()}
@@ -30,9 +31,8 @@ def main(folder: Path, names: list[str]) -> None:
 
 def resumed(shard: str, folder: Path, world: World) -> None:
     """Two steps with a checkpoint in between; the second one again from the checkpoint. Saves both policies."""
-    base = recipe("ppo_rlhf", folder, learner={"shard": shard})
     for name in ("whole", "resumed"):
-        made = Learner.create(base, objective("ppo_rlhf", folder), model(), load_tokenizer(base.model), world=world)
+        made = busy_ppo(folder, world, shard=shard)
         if name == "whole":
             made.step(rollout_for("ppo_rlhf", 1))
             made.save(folder / f"checkpoint-{shard}")
@@ -40,7 +40,11 @@ def resumed(shard: str, folder: Path, world: World) -> None:
             made.load(folder / f"checkpoint-{shard}")
         made.step(rollout_for("ppo_rlhf", 2))
         made.save_model(folder / f"{shard}-{name}")
+        reference = module_tensors(made.roles["reference"].module)
+        if world.rank == 0:
+            save_file(reference, folder / f"{shard}-{name}-reference.safetensors")
+    made.save_critic(folder / f"critic-{shard}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2].split(","), sys.argv[3].split(","))

@@ -96,12 +96,12 @@ def test_values_are_of_the_state_before_the_token() -> None:
     for layout in ("padded", "packed"):
         inputs = lay_out(rollout.rows, rollout.starts, layout, 0)
         with torch.no_grad():
-            values, boot = role.value(inputs, rollout.batch["action"])
+            values = role.value(inputs, rollout.batch["action"])
             hidden = critic.backbone(torch.tensor([transcript.ids])).last_hidden_state[0]
             states = critic.head(hidden)[:, 0]
         assert values.value is not None
         torch.testing.assert_close(values.value, torch.stack([states[1], states[2], *states.new_zeros(2), states[5]]))
-        torch.testing.assert_close(boot, states[6:7])
+        torch.testing.assert_close(values.after, states[6:7])
 
 
 def test_collation_of_origins() -> None:

@@ -233,3 +233,38 @@ async def test_deterministic_needs_a_lockstep_engine_with_room(tmp_path: Path, r
         await w.collector.collect(0, PROBLEMS, 0)
     await w.engine.close()
     w.log.close()
+
+
+async def test_a_step_in_several_batches_numbers_its_groups_on(tmp_path: Path, rewarder: Rewarder) -> None:
+    w = World(tmp_path, rewarder, recipe(rollout={"oversample": 2, "dynamic": {"kind": "accuracy"}}))
+    first = await w.collector.collect(0, PROBLEMS[:2], 0)
+    second = await w.collector.collect(0, PROBLEMS[2:], 0, first=2)
+    assert [g.id for g in (*first, *second)] == w.log.group_ids(0) == ["0.0", "0.1", "0.2", "0.3"]
+    assert [t.id for t in second[0].trajectories] == [f"0.2.{i}" for i in range(4)]  # 2 x group_size
+    seeds = [t.seed for g in (*first, *second) for t in g.trajectories]
+    assert len(set(seeds)) == len(seeds) == 16
+    runs = len(w.box.runs)
+    assert await w.collector.collect(0, PROBLEMS[2:], 0, first=2) == second
+    assert await w.collector.collect(0, PROBLEMS[:2], 0) == first and len(w.box.runs) == runs
+    w.log.close()
+
+
+async def test_deterministic_batches_are_read_back_one_by_one(tmp_path: Path, rewarder: Rewarder) -> None:
+    rollout = {"max_tokens": 40, "dynamic": {"kind": "accuracy"}}
+    r = recipe(deterministic=True, model=TINY, rollout=rollout)
+    engine = embedded(r)
+    w = World(tmp_path, rewarder, r, engine)
+    first = await w.collector.collect(0, PROBLEMS[:2], 0)
+    second = await w.collector.collect(0, PROBLEMS[2:], 0, first=2)
+    sampled = w.collector.counters["trajectories"]
+    assert await w.collector.collect(0, PROBLEMS[:2], 0) == first
+    assert await w.collector.collect(0, PROBLEMS[2:], 0, first=2) == second
+    assert w.collector.counters["trajectories"] == sampled
+    w.log.drop_step(0)  # killed between the batches: the second is sampled again, in the same bits
+    w.log.append_all(first)
+    again = await w.collector.collect(0, PROBLEMS[2:], 0, first=2)
+    assert [t.transcript.spans for g in again for t in g.trajectories] == [
+        t.transcript.spans for g in second for t in g.trajectories
+    ]
+    w.log.close()
+    await engine.close()

@@ -64,3 +64,10 @@ def by_digits(trajectory: Trajectory, result: RewardResult) -> RewardResult:
 
 def weights(run: Path) -> dict:
     return load_file(run / "model" / "model.safetensors")
+
+
+def by_parity(trajectory: Trajectory, result: RewardResult) -> RewardResult:
+    """A reward that makes some groups mixed and others not: for two problems in five it is a coin, for the others 0."""
+    teaches = sum(map(ord, trajectory.problem.prompt)) % 5 < 2
+    coin = float(len(trajectory.policy_text) % 2) if teaches else 0.0
+    return replace(result, accuracy=coin, score=coin)
