@@ -24,7 +24,12 @@ demo: $(STAMP)      ## cold start -> SFT -> RL with the live sandbox -> evaluati
 	@$(PY) -m retool demo
 
 test: $(STAMP)      ## the whole test-suite (TESTS="tests/x" for a part)
+ifdef TESTS
 	@$(PY) -m pytest $(TESTS)
+else
+	@$(PY) -m pytest tests --ignore tests/sandbox --ignore tests/stack -n 2 --dist loadfile
+	@$(PY) -m pytest tests/sandbox tests/stack
+endif
 
 test-stack: $(STAMP) ## build, start and attack the container (starts a Docker engine where none runs, as root)
 	@RETOOL_STACK=1 $(PY) -m pytest tests/stack -m stack -v

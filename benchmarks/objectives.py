@@ -1,8 +1,8 @@
 """Every preset trains for the same small budget from one start, and each card's prediction is put to the test.
 
-    python -m benchmarks.objectives [--steps 12] [--seeds 0 1 2] [--jobs 2] [--budget-minutes 60] [--only grpo dapo]
+    python -m benchmarks.objectives [--steps 16] [--seeds 0 1 2] [--jobs 2] [--budget-minutes 60] [--only grpo dapo]
 
-The demo's task, model and live sandbox; 8 problems x 8 trajectories a step, two optimiser steps each. The first seed
+The demo's task, model and live sandbox; 8 problems x 8 trajectories a step, four optimiser steps each. The first seed
 runs for all presets, the others for those that a claim is about. What is finished is kept in benchmarks/objectives.json
 and not run again; the table goes to benchmarks/objectives.md, the picture to benchmarks/objectives.svg.
 """
@@ -116,7 +116,7 @@ def report(out: Path, data: Mapping[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", help="names of presets or variants")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")

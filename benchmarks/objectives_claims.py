@@ -22,9 +22,10 @@ class Claim:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Claim("clip_cov", "grpo (no KL)", "entropy_last", 1, "Clip-Cov keeps more entropy than GRPO"),
-    Claim("kl_cov", "grpo (no KL)", "entropy_last", 1, "KL-Cov keeps more entropy than GRPO"),
-    Claim("clip_higher", "grpo (no KL)", "entropy_last", 1, "clip-higher keeps more entropy than 0.2/0.2"),
+    Claim("clip_cov", "grpo (dynamic)", "entropy_last", 1, "Clip-Cov keeps more entropy than GRPO"),
+    Claim("kl_cov", "grpo (dynamic)", "entropy_last", 1, "KL-Cov keeps more entropy than GRPO"),
+    Claim("clip_higher", "grpo", "entropy_last", 1, "clip-higher keeps more entropy than 0.2/0.2"),
+    Claim("dapo", "grpo (dynamic)", "entropy_last", 1, "so does DAPO's clip among mixed groups"),
     Claim("forking_tokens_bottom", "forking_tokens", "train_gain", -1, "the bottom 80 % teach less than the top 20 %"),
     Claim("reinforce_rej", "reinforce", "kl_to_start", -1, "Reinforce-Rej moves less far than REINFORCE"),
     Claim("raft", "reinforce", "entropy_last", -1, "RAFT, from right answers only, loses entropy faster"),

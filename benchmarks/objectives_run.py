@@ -36,13 +36,14 @@ from retool.workshop import open_workshop
 
 RUNS = Path("runs/objectives")
 RECIPE = "recipes/demo.yaml"
-PROMPTS, GROUP, UPDATES, LR, HELD_OUT = 8, 8, 2, 3e-4, 150
+PROMPTS, GROUP, UPDATES, LR, HELD_OUT = 8, 8, 4, 3e-4, 150
 ENDS = 3
 """Steps at each end of a run that a first and a last value are the mean of."""
 
 NO_KL = {"kl": {"place": "none", "beta": 0.0}, "reference": {"kind": "none"}}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo (no KL)": ("grpo", {"objective": {**NO_KL, "aggregation": {"mode": "token_mean"}}}),
+    "grpo (dynamic)": ("dapo", {"objective": {"policy": {"clip_high": 0.2}}}),
     "vc_ppo (cold critic)": ("vc_ppo", {"objective": {"critic": {"pretrain": {"steps": 0}}}}),
 }
 """Baselines that differ from their claim's preset in one thing only: name -> (preset, keys laid over it)."""
@@ -94,8 +95,6 @@ def scaled(fragment: Mapping[str, Any], longest: int) -> dict[str, Any]:
     ):
         if value:
             out.setdefault("objective", {})[key] = value
-    if "overlong" in fragment.get("reward", {}):
-        out["reward"] = {"overlong": {"max_tokens": longest, "buffer": longest // 5}}
     if fragment.get("rollout", {}).get("dynamic", {}).get("kind", "none") != "none":
         out["rollout"] = {"dynamic": {"max_batches": 4}}
     return out

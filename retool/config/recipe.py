@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -338,6 +338,28 @@ class Recipe(Section):
     """Supervised fine-tuning before RL."""
     eval: EvalConfig = EvalConfig()
     """Evaluation."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _overlong_lengths(cls, raw: Any) -> Any:
+        """The lengths of the soft overlong punishment follow those of the rollout where they are not given."""
+        reward, rollout = (raw.get(k) for k in ("reward", "rollout")) if isinstance(raw, dict) else (None, None)
+        overlong = reward.get("overlong") if isinstance(reward, dict) else None
+        if not isinstance(overlong, dict):
+            return raw
+        longest = overlong.get("max_tokens")
+        if longest is None:
+            longest = rollout.get("max_tokens") if isinstance(rollout, dict) else None
+        if longest is None:
+            longest = RolloutConfig().max_tokens
+        if not isinstance(longest, int):
+            return raw  # refused by its own field
+        filled = {
+            "max_tokens": longest,
+            "buffer": max(1, longest // 5),
+            **{k: v for k, v in overlong.items() if v is not None},
+        }
+        return {**raw, "reward": {**reward, "overlong": filled}}
 
     @model_validator(mode="after")
     def _shuffled_scores_are_not_carried(self) -> Recipe:

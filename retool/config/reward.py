@@ -56,9 +56,9 @@ class OverlongConfig(Section):
     """DAPO's soft overlong punishment (2503.14476, eq. 13): 0 up to max_tokens - buffer, then linear to -factor."""
 
     max_tokens: int = Field(ge=1)
-    """Length in tokens at which the punishment is full (L_max)."""
+    """Length in tokens at which the punishment is full (L_max); left out in a recipe: `rollout.max_tokens`."""
     buffer: int = Field(ge=1)
-    """Tokens over which it grows (L_cache)."""
+    """Tokens over which it grows (L_cache); left out in a recipe: a fifth of `max_tokens`, as in the paper."""
     factor: float = Field(1.0, gt=0)
     """The full punishment."""
     count: Literal["action", "all"] = "action"
@@ -333,6 +333,8 @@ def reward_errors(recipe: Recipe) -> Iterator[str]:
             "reward.zscore=batch with objective.advantage.kind=zscore normalises twice and loses the scale of the "
             "scores: drop one of them"
         )
+    if reward.zscore == "batch" and recipe.rollout.dynamic.kind != "none":
+        yield "reward.zscore=batch is over all scores of a step, rollout.dynamic samples in several batches: drop one"
     if reward.verifier == "unit_tests" and recipe.protocol.boxed:
         yield "reward.verifier=unit_tests reads the whole answer section as a program: set protocol.boxed=false"
 
@@ -351,5 +353,6 @@ def reward_warnings(recipe: Recipe) -> Iterator[str]:
         yield "reward.tests.fraction pays for special-casing single tests; watch hidden-test accuracy"
     if reward.soft and o.filter.kind != "keep":
         yield "soft rewards are filtered by accuracy (score above reward.judge.threshold), not by their soft score"
-    if not reward.right_wins:
-        yield "reward.right_wins=false: a wrong answer may score as much as a right one"
+    right, wrong = reward.bounds(recipe.rollout.max_tokens)
+    if not reward.right_wins and right <= wrong:
+        yield f"reward.right_wins=false: a right answer may score {right:g} and a wrong one {wrong:g}"

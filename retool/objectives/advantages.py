@@ -24,12 +24,15 @@ def last_action(batch: Batch) -> Tensor:
 
 
 def token_rewards(batch: Batch) -> Tensor:
-    """[N] the score on the last action token of each sample, plus the column `kl_reward` where there is one."""
+    """[N] the score on the last action token of each sample, plus the columns `kl_reward` and `turn_reward` (on each
+    turn's last action token) where there are such."""
     rewards = torch.zeros(batch.n_tokens, dtype=batch["score"].dtype)
     last = last_action(batch)
     rewards[last[last >= 0]] = batch["score"][last >= 0]
-    extra = batch.get("kl_reward")
-    return rewards if extra is None else rewards + extra
+    for name in ("kl_reward", "turn_reward"):
+        if (extra := batch.get(name)) is not None:
+            rewards = rewards + extra
+    return rewards
 
 
 def gae(
@@ -137,8 +140,6 @@ def turn_returns(batch: Batch, gamma: float) -> tuple[Tensor, Tensor, Tensor]:
     segment, row = turn_segments(batch)
     action = batch["action"]
     rewards = token_rewards(batch)
-    if (own := batch.get("turn_reward")) is not None:
-        rewards = rewards + own
     r = torch.zeros(len(row), dtype=rewards.dtype, device=rewards.device).index_add(0, segment[action], rewards[action])
     counts = torch.bincount(row, minlength=len(batch))
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64, device=row.device), torch.cumsum(counts, 0)])

@@ -49,7 +49,8 @@ GRPO: dict[str, Any] = over(
 DAPO: dict[str, Any] = over(
     GROUP,
     objective={"policy": {"clip_high": 0.28}, "filter": {"kind": "drop", "overlong": "mask_loss"}},
-    reward=SIGNED,
+    # With rewards 0/1 instead of ±1 a right answer at full length would score as much as a wrong one.
+    reward={**SIGNED, "overlong": {"factor": 1.0}, "right_wins": False},
     rollout={
         "group_size": 16,
         "prompts": 512,
