@@ -32,6 +32,9 @@ class FilterConfig(Section):
     roc: float | None = Field(None, gt=0, lt=1)
     """Share of each group that stays (rStar2's resample on correct): wrong answers at random, of the right ones those
     with the fewest failed calls and the cleanest answer; null is off."""
+    custom: str | None = None
+    """Your own filter, `module:NAME`: called with the batch after the others, it returns the samples that stay (some
+    perhaps with `in_loss` off) and metrics, as `GroupFilter` in retool/objectives/base.py says."""
     denominator: RuleName = "kept"
     """Whether samples that are masked from the loss leave the denominators (`kept`) or stay in them (`all_act`)."""
 

@@ -20,12 +20,14 @@ from retool.objectives.base import (
     Critic,
     GroupFilter,
     KlPenalty,
+    ObjectiveError,
     OffPolicy,
     Reference,
     Structure,
     Term,
     TokenSelector,
 )
+from retool.objectives.dotted import imported
 from retool.objectives.estimators import (
     Gae,
     GroupRelative,
@@ -114,6 +116,11 @@ def _filter(o: ObjectiveConfig, seed: int) -> GroupFilter:
         parts.append(ResampleOnCorrect(f.roc, seed))
     if f.positives or f.void != "keep" or f.overlong != "keep":
         parts.append(SampleMask(f.positives, f.void != "keep", f.overlong != "keep", f.overlong_in_baseline))
+    if f.custom is not None:
+        own = imported(f.custom, "objective.filter.custom")
+        if not callable(own):
+            raise ObjectiveError(f"objective.filter.custom: {f.custom!r} is a {type(own).__name__}, not a function")
+        parts.append(own)
     return parts[0] if len(parts) == 1 else Filters(tuple(parts))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 from copy import deepcopy
 from typing import Any
 
 from retool.objectives.base import ObjectiveError
+from retool.objectives.dotted import imported
 from retool.objectives.preset import Preset
 from retool.objectives.tables import actor_critic, agent, entropy, imitation, policy_gradient
 
@@ -36,11 +36,7 @@ def preset_fragment(name: str) -> dict[str, Any]:
 
 
 def _imported(name: str) -> Preset:
-    module, _, attribute = name.partition(":")
-    try:
-        value = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ObjectiveError(f"preset {name!r} cannot be imported: {error}") from error
+    value = imported(name, "preset")
     if not isinstance(value, Preset):
         raise ObjectiveError(f"{name!r} is a {type(value).__name__}, not a retool.objectives.Preset")
     return value

@@ -42,11 +42,11 @@ def test_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_preset_has_a_card() -> None:
-    """Formula, source and a predicted direction under a heading of its own (imitation predicts nothing)."""
+    """Formula, source, defaults, invariants, discrepancies, when to use it, and a predicted direction."""
     cards = dict(
         re.findall(r"^#### `(\w+)`\n(.*?)(?=^###|\Z)", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     )
     assert set(PRESETS) <= set(cards)
     for name in PRESETS:
-        assert ("**Formula**" in cards[name] and "**Source**" in cards[name]) or name == "sft", name
-        assert "**Expect**" in cards[name] or name == "sft", name
+        wanted = ("Formula", "Source", "Defaults", "Invariants", "Discrepancies", "Use it", "Expect")
+        assert [w for w in wanted if f"**{w}**" not in cards[name]] == [], name
