@@ -37,6 +37,20 @@ CLAIMS: tuple[Claim, ...] = (
     Claim("grpo", "grpo (no KL)", "kl_to_start", -1, "a KL term keeps GRPO closer to its start"),
     Claim("rloo", "reinforce", "train_gain", 1, "a leave-one-out baseline learns faster than none"),
     Claim("roc", "grpo (no KL)", "calls_ok", 1, "resampling right answers by tool errors makes calls cleaner"),
+    Claim("dr_grpo", "grpo (no KL)", "length", -1, "sums over a constant do not favour long answers"),
+    Claim(
+        "cispo", "grpo (no KL)", "entropy_last", 1, "CISPO, whose rare tokens keep their gradient, keeps more entropy"
+    ),
+    Claim("reinforce_rm_wrong", "reinforce", "train_gain", 1, "leaving out all-wrong groups learns faster"),
+    Claim("reinforce_mean_zero", "reinforce_rej", "kl_to_start", 1, "taking the mean off moves further than rejecting"),
+    Claim("raft_pp", "raft", "entropy_last", -1, "RAFT++ loses entropy faster still"),
+    Claim("single_stream", "grpo (no KL)", "train_gain", -1, "one answer a problem learns more slowly at first"),
+    Claim("retool_verl", "retool", "entropy_last", 1, "clip-higher keeps more entropy with a critic, too"),
+    Claim("retool_dapo", "retool_verl", "seconds", -1, "without a critic a step takes less time"),
+    Claim("forking_tokens", "dapo", "entropy_last", 1, "forking tokens alone keep more entropy"),
+    Claim("forking_tokens_random", "forking_tokens", "train_gain", -1, "a random 20 % teach less than the top 20 %"),
+    Claim("grpo_spo_mask", "grpo", "entropy_last", 1, "SPO's mask on GRPO keeps more entropy"),
+    Claim("gtpo", "grpo (no KL)", "calls_ok", 1, "turn rewards make calls cleaner"),
     Claim("ppo_rlhf", "retool", "kl_to_start", -1, "the KL in the reward keeps PPO closer to its start"),
 )
 
