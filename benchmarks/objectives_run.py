@@ -53,8 +53,10 @@ TWEAKS: dict[str, dict[str, Any]] = {
         "objective": {"select": [{"kind": "clip_cov", "share": 0.02, "source": "current", "denominator": "all_act"}]}
     },
     "kl_cov": {"objective": {"kl_cov": {"share": 0.02}}},
+    "rloo": {"learner": {"updates": 1}},
 }
-"""What a budget of some thousand tokens a step needs: the papers' 2e-4 of them would be less than one token."""
+"""What a budget of some thousand tokens a step needs: the papers' 2e-4 of them would be less than one token. RLOO has
+neither ratio nor clip: it is for one update a rollout, and four of them ruined the policy."""
 
 
 def names() -> list[str]:
