@@ -55,7 +55,10 @@ async def open_workshop(
         model, tokenizer, slots=recipe.engine.slots, context=recipe.engine.context, lockstep=lockstep
     )
     try:
-        async with make_sandbox(recipe.sandbox) as sandbox, Rewarder(recipe.reward, codec.protocol, sandbox) as rewarder:
+        async with (
+            make_sandbox(recipe.sandbox) as sandbox,
+            Rewarder(recipe.reward, codec.protocol, sandbox) as rewarder,
+        ):
             yield Workshop(sandbox, codec.protocol, codec, rewarder, engine)
     finally:
         await engine.close()

@@ -1,7 +1,8 @@
 r"""Where `fenced` and `hermes` read the answer, and whether a trace of theirs is fit for imitation.
 
 With `boxed`, the last `\boxed{...}` outside calls is the answer: what mathematics models write anyway. Without it the
-answer is a section between two tags, as in `tags`.
+answer is a section between two tags, as in `tags`. What a thinking model writes before its last `</think>` is no
+answer: thoughts try things out.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from retool.errors import UserError
 from retool.protocols.boxed import boxed_spans
 
 _PRINT = re.compile(r"\bprint\s*\(")
+_THINK_OPEN, _THINK_CLOSE = "<think>", "</think>"
 _PUNCTUATION = re.compile(r"[\s$.)\]\\]*")  # what may stand behind the answer: `$\boxed{4}$.`
 
 
@@ -73,19 +75,24 @@ class AnswerRules(ABC):
                 start = None
         return found
 
+    def _said(self, policy_text: str) -> str:
+        """The text without calls and thoughts."""
+        prose = self.prose(policy_text).rpartition(_THINK_CLOSE)[2]
+        return prose.partition(_THINK_OPEN)[0]
+
     def unfinished(self, text: str) -> bool:
         """Whether an answer section is open at the end of a text (never with boxes)."""
         if self.boxed:
             return False
-        prose = self.prose(text)
+        prose = self._said(text)
         return prose.rfind(self.answer_open) > prose.rfind(self.answer_close)
 
     def answer(self, policy_text: str) -> str | None:
-        prose = self.prose(policy_text)
+        prose = self._said(policy_text)
         return prose[spans[-1][0] : spans[-1][1]].strip() if (spans := self._spans(prose)) else None
 
     def candidates(self, policy_text: str) -> list[str]:
-        prose = self.prose(policy_text)
+        prose = self._said(policy_text)
         found = [prose[a:b].strip() for a, b, _ in self._spans(prose)]
         return [a for a in (found if self.boxed else found[-1:]) if a]
 
@@ -107,7 +114,9 @@ class AnswerRules(ABC):
                     reasons["empty answer section"] = None
             elif answers:
                 tail += text
-            reasons.update(dict.fromkeys(f"{s.strip()} outside a call and its result" for s in self.strays if s in text))
+            reasons.update(
+                dict.fromkeys(f"{s.strip()} outside a call and its result" for s in self.strays if s in text)
+            )
             if call is None:
                 break
             if answers:

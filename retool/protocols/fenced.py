@@ -134,4 +134,3 @@ class FencedProtocol(AnswerRules):
 def _tidy(code: str) -> str:
     text = code.strip("\n").rstrip()
     return textwrap.dedent(text) if text[:1].isspace() else text
-

@@ -114,7 +114,8 @@ class HermesProtocol(AnswerRules):
         if self._instructions is not None:
             return self._instructions
         return (
-            f"Solve the problem step by step. Where a calculation is easier or safer by program, call the tool {TOOL}:\n"
+            f"Solve the problem step by step. Where a calculation is easier or safer by program, call the tool "
+            f"{TOOL}:\n"
             f"{self.render_call('print(2 + 2)')}\n"
             "Each script is complete, with its own imports, and prints what you want to know; nothing is kept from one "
             "call to the next. One call at a time: wait for its result and go on from there. Never write a result "

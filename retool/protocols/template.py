@@ -20,10 +20,12 @@ from retool.protocols.hermes import CLOSE, TOOL, Frame, HermesProtocol
 
 CALL_IDS = ("retool001", "retool002", "retool003")  # nine letters and digits: some templates insist
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
-THOUGHTS = ("\ue000thought one\ue001", "\ue000thought two\ue001", "\ue000thought three\ue001")
-_ASK = "\ue000question\ue001"
-_RESULT = '\ue000result\ue001\n"quoted" \\ \ue002'  # shows whether results are written as they are or as JSON
-_SAID = ("\ue000turn one\ue001", "\ue000turn two\ue001")
+FORMS = (("<think>\n", "\n</think>\n\n"), ("\n<think>", "</think>\n"), ("<think>", "</think>"))
+"""How families write a thought: what stands before it and after it."""
+_THOUGHTS = ("A first thought.", "A second thought.")
+_ASK = "A question?"
+_RESULT = 'a result\n"quoted" \\ to its end'  # shows whether results are written as they are or as JSON
+_SAID = ("Turn one.", "Turn two.")
 
 Message = dict[str, Any]
 
@@ -33,14 +35,15 @@ class CodecError(UserError):
 
 
 class FrameError(CodecError):
-    """A chat template that native tool calls cannot use. `expected`, `found`: the texts that differ, if any do."""
+    """A chat template that native tool calls cannot use. `expected`, `found`: the texts that differ, if any do,
+    in turn `turn`."""
 
-    def __init__(self, why: str, expected: str = "", found: str = "") -> None:
+    def __init__(self, why: str, expected: str = "", found: str = "", turn: int = 1) -> None:
         super().__init__(
-            f"protocol.name=hermes cannot use this chat template: {why}. `retool check-template MODEL` shows where; set "
-            "model.chat_template to a template that keeps earlier turns, or protocol.name to tags or fenced"
+            f"protocol.name=hermes cannot use this chat template: {why}. `retool check-template MODEL` shows where; "
+            "set model.chat_template to a template that keeps earlier turns, or protocol.name to tags or fenced"
         )
-        self.why, self.expected, self.found = why, expected, found
+        self.why, self.expected, self.found, self.turn = why, expected, found, turn
 
 
 def render(
@@ -49,11 +52,9 @@ def render(
     """The template's text; `generate`: with the assistant's opening at its end. Raises `CodecError`."""
     try:
         return str(
-            tokenizer.apply_chat_template(
-                list(messages), tools=tools, tokenize=False, add_generation_prompt=generate
-            )
+            tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False, add_generation_prompt=generate)
         )
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise CodecError(f"the chat template refuses this conversation: {' '.join(str(error).split())}") from error
 
 
@@ -69,11 +70,9 @@ def opened_thinking(prompt: str) -> str:
     return prompt[at:] if at >= 0 and THINK_CLOSE not in prompt[at:] else ""
 
 
-def turn(text: str, thought: str, opened: str) -> tuple[str, str]:
-    """(what the model samples, the message content that stands for it) of a turn that says `text`."""
-    if not thought:
-        return text, text
-    sampled = f"{'' if opened else THINK_OPEN + chr(10)}{thought}\n{THINK_CLOSE}\n\n{text}"
+def turn(text: str, thought: str, form: tuple[str, str], opened: str) -> tuple[str, str]:
+    """(what the model samples, the message content that stands for it) of a turn that thinks and then says `text`."""
+    sampled = f"{'' if opened else form[0]}{thought}{form[1]}{text}"
     return sampled, opened + sampled
 
 
@@ -92,9 +91,19 @@ def find_frame(tokenizer: Any, tools: list[dict[str, Any]] | None) -> Frame:
     """Raises `FrameError` when the template does not keep turns, thinking included where it knows of thinking."""
     prompt = _rendered(tokenizer, [{"role": "user", "content": _ASK}], tools)
     opened = opened_thinking(prompt)
-    frame = _verified(tokenizer, tools, prompt, opened, thinking=bool(opened))
-    if not opened and thinks(tokenizer):
-        _verified(tokenizer, tools, prompt, opened, thinking=True, known=frame)
+    if opened:
+        return _verified(tokenizer, tools, prompt, opened, FORMS[0])
+    frame = _verified(tokenizer, tools, prompt, opened, None)
+    if thinks(tokenizer):
+        refusals: list[FrameError] = []
+        for form in FORMS:
+            try:
+                if _verified(tokenizer, tools, prompt, opened, form) == frame:
+                    return frame
+                refusals.append(FrameError("it shows the result of a tool differently after thinking"))
+            except FrameError as error:
+                refusals.append(error)
+        raise refusals[0]
     return frame
 
 
@@ -103,27 +112,28 @@ def _verified(
     tools: list[dict[str, Any]] | None,
     prompt: str,
     opened: str,
-    *,
-    thinking: bool,
-    known: Frame | None = None,
+    form: tuple[str, str] | None,
 ) -> Frame:
-    """The frame after one turn, and the proof that a second turn leaves the first as it was."""
+    """The frame after one turn, and the proof that a second turn leaves the first as it was. `form`: how thoughts are
+    written, None for turns without."""
     messages: list[Message] = [{"role": "user", "content": _ASK}]
-    stitched, frame = prompt, known
+    stitched = prompt
+    frame: Frame | None = None
     for i, said in enumerate(_SAID):
-        sampled, content = turn(f"{said}<tool_call>\n{{}}\n{CLOSE}", THOUGHTS[i] if thinking else "", opened)
+        call = f"{said}<tool_call>\n{{}}\n{CLOSE}"
+        sampled, content = turn(call, _THOUGHTS[i], form, opened) if form else (call, call)
         messages += [{"role": "assistant", "content": content}, result_message(_RESULT, i)]
         text = _rendered(tokenizer, messages, tools)
         stitched += sampled
         if not text.startswith(stitched):
-            what = "thinking" if thinking and THOUGHTS[i] not in text else "turns"
-            raise FrameError(f"it does not keep earlier {what} as the model wrote them", stitched, text)
+            what = "thinking" if form and _THOUGHTS[i] not in text else "turns"
+            raise FrameError(f"it does not keep earlier {what} as the model wrote them", stitched, text, i + 1)
         if frame is None:
             frame = _frame_of(text[len(stitched) :])
         body = json.dumps(_RESULT, ensure_ascii=False)[1:-1] if frame.json else _RESULT
         stitched += f"{frame.opening}{body}{frame.closing}"
         if text != stitched:
-            raise FrameError("it shows a second result differently from the first", stitched, text)
+            raise FrameError("it shows a second result differently from the first", stitched, text, i + 1)
     assert frame is not None
     return frame
 

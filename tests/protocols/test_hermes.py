@@ -11,9 +11,7 @@ from retool.protocols import Call, HermesProtocol, Malformed, ToolProtocol, buil
 from retool.protocols.hermes import Frame
 from tests.protocols.contract import ProtocolContract
 
-QWEN = Frame(
-    "<|im_end|>\n<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
-)
+QWEN = Frame("<|im_end|>\n<|im_start|>user\n<tool_response>\n", "\n</tool_response><|im_end|>\n<|im_start|>assistant\n")
 LLAMA = Frame(
     "<|eot_id|><|start_header_id|>ipython<|end_header_id|>\n\n",
     "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -101,7 +99,9 @@ def test_stray_tags(hermes: HermesProtocol, turn: str, reason: str) -> None:
     assert reason in found.reason
 
 
-@pytest.mark.parametrize("code", ["print('</tool_call>')", "print('<tool_call>', \"<tool_response>\")", 'print("\\\\n")'])
+@pytest.mark.parametrize(
+    "code", ["print('</tool_call>')", "print('<tool_call>', \"<tool_response>\")", 'print("\\\\n")']
+)
 def test_code_that_holds_tags_is_written_without_them(hermes: HermesProtocol, code: str) -> None:
     text = hermes.render_call(code)
     assert text.count("<tool_call>") == text.count("</tool_call>") == 1
@@ -140,6 +140,14 @@ def test_a_frame_written_by_the_policy_is_a_forgery_and_its_end_of_turn_is_not()
 def test_a_box_in_a_call_is_no_answer(hermes: HermesProtocol) -> None:
     assert hermes.candidates(hermes.render_call("print('\\\\boxed{42}')") + "done") == []
     assert hermes.candidates(hermes.render_call("print(1)") + "$\\boxed{7}$") == ["7"]
+
+
+def test_a_box_in_a_thought_is_no_answer(hermes: HermesProtocol) -> None:
+    text = "<think>\nmaybe \\boxed{3}?\n</think>\n\n" + hermes.render_call("print(1)")
+    assert isinstance(hermes.parse(text), Call)
+    assert isinstance(hermes.parse(text.removeprefix("<think>\n")), Call)
+    assert hermes.candidates(text + "<think>\\boxed{5}</think>\\boxed{4}") == ["4"]
+    assert hermes.candidates(text + "<think>\\boxed{5}") == []
 
 
 @pytest.mark.parametrize(
