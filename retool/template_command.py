@@ -67,8 +67,8 @@ def _print_difference(case: Case) -> None:
     d = case.difference
     if d is None:
         return
-    console.print(f"{case.name}: turn {d.turn}, token {d.token}", markup=False)
-    console.print(f"  after     {d.before!r}", markup=False)
-    console.print(f"  expected  {d.expected!r} (id {d.expected_id})", markup=False)
+    console.print(f"{case.name}: turn {d.turn}, token {d.token}", markup=False, soft_wrap=True)
+    console.print(f"  after     {d.before!r}", markup=False, soft_wrap=True)
+    console.print(f"  expected  {d.expected!r} (id {d.expected_id})", markup=False, soft_wrap=True)
     found = "the end" if d.found_id is None else f"{d.found!r} (id {d.found_id})"
-    console.print(f"  found     {found}", markup=False)
+    console.print(f"  found     {found}", markup=False, soft_wrap=True)

@@ -83,6 +83,26 @@ def test_a_template_without_a_frame_is_refused_by_name(name: str) -> None:
     assert codec_of(name, FENCED).prompt_ids(PROBLEM)
 
 
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        ("{{ m.content if loop.index0 < 3 else m.content | upper }}", "second result differently"),
+        ("{{ m.content if loop.index0 > messages | length - 2 else 'cleared' }}", "earlier turns"),
+        ("{{ m.content | replace('a result', 'the result') }}", "not as it is"),
+        ("{{ m.content }}{{ m.content }}", "not as it is"),
+    ],
+    ids=["second", "cleared", "rewritten", "twice"],
+)
+def test_templates_that_play_with_results_are_refused(result: str, reason: str) -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'tool' %}RESULT{% else %}{{ m.content }}"
+        "{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert Codec(bpe_tokenizer(template.replace("RESULT", "{{ m.content }}")), build_protocol(HERMES))
+    with pytest.raises(CodecError, match=reason):
+        Codec(bpe_tokenizer(template.replace("RESULT", result)), build_protocol(HERMES))
+
+
 def hostile(codec: Codec) -> Any:
     strings = [*codec.protocol.control, *codec.tokenizer.all_special_tokens, "```", "\\", '"', "<", "|", "\n", "\ud800"]
     return st.lists(st.sampled_from(strings) | st.text(max_size=3), max_size=10).map("".join)
