@@ -31,7 +31,7 @@ from retool.transcript import Transcript
 from sandbox.types import Limits, Sandbox, SandboxError
 
 Progress = Callable[[int, int, int], None]
-_FORMAT = 1  # raise when traces of an older version must not be continued
+_FORMAT = 2  # raise when traces of an older version must not be continued
 _RETRY_S = 0.2
 
 __all__ = ["DataError", "Report", "generate"]
@@ -193,7 +193,8 @@ class _Writer:
                 Segment("demo", steps + protocol.render_answer(idea.answer(output))),
             ]
             calls = [ToolCall(0, idea.code, "ok", output)]
-        trace = Trace(f"trace:{problem.id}", problem, tuple(segments), len(calls), problem.family)
+        written = self.recipe.protocol.model_dump(mode="json", exclude={"instructions"})
+        trace = Trace(f"trace:{problem.id}", problem, tuple(segments), len(calls), problem.family, written)
         await self._verify(trace, calls)
         return trace
 

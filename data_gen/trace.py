@@ -3,10 +3,12 @@
 One JSON object a line:
 
     {"id", "problem": {"id", "prompt", "answer", "source", "family"}, "segments": [{"origin", "text"}, ...],
-     "tool_calls", "family"}
+     "tool_calls", "family", "protocol"}
 
-Segments alternate like an episode: a turn of the teacher (origin `demo`, up to and including the tag that ends its
+Segments alternate like an episode: a turn of the teacher (origin `demo`, up to and including the string that ends its
 call), then what the tool said (origin `tool`, the plain text that the sandbox gave), and so on; the last is a turn.
+`protocol` holds the keys of the format that the turns are written in; it may be missing. A recipe with another format
+gets them translated.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_gen.translate import translated
 from retool.errors import UserError
 from retool.files import write_text
 from retool.protocols import Codec, ToolProtocol
@@ -47,17 +50,19 @@ class Trace:
     segments: tuple[Segment, ...]
     tool_calls: int
     family: str
+    protocol: Mapping[str, Any] | None = None
 
     def to_row(self) -> dict[str, Any]:
         problem = {k: getattr(self.problem, k) for k in ("id", "prompt", "answer", "source", "family")}
         segments = [asdict(s) for s in self.segments]
-        return {
+        row = {
             "id": self.id,
             "problem": problem,
             "segments": segments,
             "tool_calls": self.tool_calls,
             "family": self.family,
         }
+        return row if self.protocol is None else {**row, "protocol": dict(self.protocol)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Trace:
@@ -69,7 +74,15 @@ class Trace:
             )
             problem = Problem(identity, prompt, answer, source, family)
             segments = tuple(Segment(s["origin"], str(s["text"])) for s in row["segments"])
-            trace = cls(str(row["id"]), problem, segments, int(row["tool_calls"]), str(row["family"]))
+            written = row.get("protocol")
+            trace = cls(
+                str(row["id"]),
+                problem,
+                segments,
+                int(row["tool_calls"]),
+                str(row["family"]),
+                None if written is None else dict(written),
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(f"not a trace ({type(error).__name__}: {error})") from error
         expected = tuple("tool" if i % 2 else "demo" for i in range(len(segments)))
@@ -90,7 +103,9 @@ class Trace:
 
 def trace_to_transcript(trace: Trace, codec: Codec) -> Transcript:
     """The ids that an episode would have produced turn by turn: prompt, then (turn, observation)*, last turn, end of
-    text. Turns are `demo` spans with their code range; observations are `tool` spans and are not trained on."""
+    text. Turns are `demo` spans with their code range; observations are `tool` spans and are not trained on. A trace in
+    another format is translated first. Raises `DataError` for a turn before a result that makes no call."""
+    trace = translated(trace, codec.protocol)
     transcript = Transcript([Span("prompt", codec.prompt_ids(trace.problem))])
     for position, segment in enumerate(trace.segments):
         turn = position // 2
@@ -101,6 +116,11 @@ def trace_to_transcript(trace: Trace, codec: Codec) -> Transcript:
         ids = codec.demo_ids(segment.text)
         last = position == len(trace.segments) - 1
         call = None if last else codec.protocol.parse(segment.text)
+        if call is None and not last:
+            raise DataError(
+                f"trace {trace.id!r} has a turn that makes no call as protocol.name={codec.protocol.name} writes it; "
+                f"generate the traces again: {segment.text[:80]!r}"
+            )
         code = codec.token_range(ids, call.start, call.end) if call is not None else None
         transcript.append(Span("demo", (*ids, codec.eos_id) if last else ids, turn=turn, code=code))
     return transcript

@@ -199,6 +199,19 @@ def explain(key: Annotated[str, typer.Argument(help="Recipe key or preset, e.g. 
     print_key(key)
 
 
+@app.command("check-template")
+def check_template(
+    model: Annotated[str, typer.Argument(help="Folder with tokenizer files, or hub name; no weights are loaded.")],
+    template: Annotated[Path | None, typer.Option(help="Check this Jinja file instead of the model's own.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="Exit code for this protocol.name alone.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Does a chat template keep the exact prefix over turns? Exit code 0 when it does, 1 when not."""
+    from retool.template_command import run_check
+
+    raise typer.Exit(run_check(model, template, protocol, as_json))
+
+
 @app.command()
 def doctor() -> None:
     """What this machine can do for retool, and the fix for what it cannot."""

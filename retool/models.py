@@ -19,7 +19,8 @@ from retool.config import ModelConfig, TinyModelConfig
 from retool.errors import UserError
 
 TINY_TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'tool' %}<|user|><tool_response>{{ message['content'] }}"
+    "</tool_response>{% else %}<|{{ message['role'] }}|>{{ message['content'] }}{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 TINY_SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>")

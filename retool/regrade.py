@@ -12,12 +12,14 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from retool.errors import UserError
-from retool.protocols import build_protocol
+from retool.models import load_tokenizer
+from retool.protocols import Codec, build_protocol
 from retool.recipe import load_recipe
 from retool.records import Trajectory
 from retool.rewards import Rewarder
 from retool.rollout.log import RolloutLog
 from retool.run_folder import RECIPE, ROLLOUTS
+from retool.train import tags_of
 from retool.workshop import make_sandbox
 from sandbox.types import Sandbox
 
@@ -44,7 +46,10 @@ async def regrade(run: Path, overrides: Sequence[str] = ()) -> dict[str, int]:
         box: Sandbox | None = None
         if recipe.reward.verifier == "unit_tests":
             box = await stack.enter_async_context(make_sandbox(recipe.sandbox))
-        rewarder = await stack.enter_async_context(Rewarder(recipe.reward, build_protocol(recipe.protocol), box))
+        protocol = build_protocol(recipe.protocol)
+        if protocol.native:  # forgeries are told by the chat template's frame
+            protocol = Codec(load_tokenizer(recipe.model, tags_of(recipe)), protocol).protocol
+        rewarder = await stack.enter_async_context(Rewarder(recipe.reward, protocol, box))
         for group in log:
             for trajectory in filter(unknown, group.trajectories):
                 reward = await rewarder.score(trajectory)

@@ -177,5 +177,4 @@ def rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
 
 def tags_of(recipe: Recipe) -> tuple[str, ...]:
     """The tags that a from-scratch tokenizer gets as single tokens."""
-    p = recipe.protocol
-    return (*p.code, *p.observation, *p.answer)
+    return build_protocol(recipe.protocol).single

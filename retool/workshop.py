@@ -50,13 +50,15 @@ async def open_workshop(
     recipe: Recipe, model: Any, tokenizer: Any, *, lockstep: bool = False
 ) -> AsyncIterator[Workshop]:
     """Start every part; raises `SandboxError` or `UserError` when one cannot be had."""
-    protocol = build_protocol(recipe.protocol)
-    codec = Codec(tokenizer, protocol)
+    codec = Codec(tokenizer, build_protocol(recipe.protocol))
     engine = TransformersEngine(
         model, tokenizer, slots=recipe.engine.slots, context=recipe.engine.context, lockstep=lockstep
     )
     try:
-        async with make_sandbox(recipe.sandbox) as sandbox, Rewarder(recipe.reward, protocol, sandbox) as rewarder:
-            yield Workshop(sandbox, protocol, codec, rewarder, engine)
+        async with (
+            make_sandbox(recipe.sandbox) as sandbox,
+            Rewarder(recipe.reward, codec.protocol, sandbox) as rewarder,
+        ):
+            yield Workshop(sandbox, codec.protocol, codec, rewarder, engine)
     finally:
         await engine.close()

@@ -81,20 +81,37 @@ class ProblemsConfig(Section):
 class ProtocolConfig(Section):
     """How a tool call looks in text."""
 
-    name: Literal["tags"] = "tags"
-    """Format of tool calls."""
+    name: Literal["tags", "hermes", "fenced"] = "tags"
+    """Format of tool calls: `tags` (ReTool), `hermes` (native tool calls through the model's chat template), `fenced`
+    (markdown fences, as tool-integrated reasoning has them). See docs/protocols.md."""
     fence: bool = True
-    """Whether code stands in a markdown fence inside its tags."""
+    """Whether code stands in a markdown fence inside its tags. Read by `tags`; the others have a shape of their own."""
     code: tuple[str, str] = ("<code>", "</code>")
-    """Tags around a call."""
+    """Tags around a call; of `tags` only."""
     observation: tuple[str, str] = ("<interpreter>", "</interpreter>")
-    """Tags around a result."""
+    """Tags around a result; of `tags` only."""
     answer: tuple[str, str] = ("<answer>", "</answer>")
-    """Tags around the answer section."""
+    """Tags around the answer section; `hermes` and `fenced` have one only with `boxed: false`."""
     boxed: bool = True
     r"""Whether the answer must stand in `\boxed{}`; false: the whole answer section is the answer."""
     instructions: str | None = None
     """Text in front of every question instead of the built-in instructions; an empty string for none."""
+
+    @model_validator(mode="after")
+    def _keys_fit_the_format(self) -> ProtocolConfig:
+        if self.name == "tags":
+            return self
+        for key in ("code", "observation"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"protocol.{key} belongs to protocol.name=tags: the tags of {self.name} are fixed; remove the key"
+                )
+        if self.boxed and self.answer != type(self).model_fields["answer"].default:
+            raise ValueError(
+                f"protocol.answer is not read by protocol.name={self.name} with boxed: true, where the box is the "
+                "answer; remove the key, or set protocol.boxed=false"
+            )
+        return self
 
 
 class SandboxConfig(Section):

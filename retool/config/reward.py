@@ -335,6 +335,8 @@ def reward_errors(recipe: Recipe) -> Iterator[str]:
         )
     if reward.zscore == "batch" and recipe.rollout.dynamic.kind != "none":
         yield "reward.zscore=batch is over all scores of a step, rollout.dynamic samples in several batches: drop one"
+    if reward.verifier == "unit_tests" and recipe.protocol.name == "fenced":
+        yield "reward.verifier=unit_tests: protocol.name=fenced would run the answer, a fenced program, as a call"
     if reward.verifier == "unit_tests" and recipe.protocol.boxed:
         yield "reward.verifier=unit_tests reads the whole answer section as a program: set protocol.boxed=false"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,18 @@ class ToolProtocol(Protocol):
     """A grammar for tool calls. Texts here are decoded turns; ids are never made from them."""
 
     name: str
+    native: bool
+    """True when results are messages of the chat template: `Codec` then binds the template's own frame around them."""
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """Schemas of the tools that the chat template declares, or None."""
+        ...
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        """Strings that a tokenizer made from scratch gets as one token each."""
+        ...
 
     @property
     def stop(self) -> tuple[str, ...]:

@@ -12,6 +12,11 @@ def boxed(text: str) -> list[str]:
 
     `\boxed{\frac{1}{2}}` gives `\frac{1}{2}`.
     """
+    return [text[start:end].strip() for start, end in boxed_spans(text)]
+
+
+def boxed_spans(text: str) -> list[tuple[int, int]]:
+    """Ranges of characters of those contents; the closing brace of a box stands at its range's end."""
     stack: list[int] = []  # start of a box's content, or -1 for a plain brace
     found: list[tuple[int, int]] = []
     for event in _EVENT.finditer(text):
@@ -25,4 +30,4 @@ def boxed(text: str) -> list[str]:
                 found.append((start, event.start()))
         elif token.endswith("{") and token.startswith("\\boxed"):
             stack.append(event.end())
-    return [text[start:end].strip() for start, end in found]
+    return found

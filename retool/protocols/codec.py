@@ -13,20 +13,22 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from retool.errors import UserError
 from retool.protocols.base import ToolProtocol
+from retool.protocols.template import CodecError, bind, render
 from retool.records import Problem
 
 _ANCHOR_TOKENS = 8  # how much of what came before is shown to the tokenizer when it encodes a delta
 _SLOT = "\ue000question\ue000"  # stands for the question while the chat template is rendered
 
 
-class CodecError(UserError):
-    """Text or a tokenizer that cannot be encoded safely; the message says what to do."""
+__all__ = ["Codec", "CodecError"]
 
 
 class Codec:
-    """`tokenizer`: a transformers tokenizer with a chat template. Raises `CodecError` when it cannot be used."""
+    """`tokenizer`: a transformers tokenizer with a chat template. Raises `CodecError` when it cannot be used.
+
+    `protocol` is the one given, or, for native tool calls, a copy of it in the chat template's own frame.
+    """
 
     def __init__(self, tokenizer: Any, protocol: ToolProtocol) -> None:
         self.tokenizer = tokenizer
@@ -35,6 +37,8 @@ class Codec:
             raise CodecError("the tokenizer has no chat template; set `model.chat_template` in the recipe")
         if tokenizer.eos_token_id is None:
             raise CodecError("the tokenizer has no end-of-text token; add `eos_token` to its tokenizer_config.json")
+        if protocol.native:
+            self.protocol = bind(tokenizer, protocol)
         self._escapes: dict[str, str] = {}
         self._template: tuple[str, str] | None = None
 
@@ -134,7 +138,7 @@ class Codec:
         """The rendered template before and after the question."""
         if self._template is None:
             messages = [{"role": "user", "content": self.protocol.user_message(_SLOT)}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = render(self.tokenizer, messages, self.protocol.tools)
             if text.count(_SLOT) != 1:
                 raise CodecError(
                     f"the chat template shows the user message {text.count(_SLOT)} times instead of once; "

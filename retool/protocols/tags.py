@@ -19,7 +19,7 @@ from functools import cached_property
 from retool.config import ProtocolConfig
 from retool.errors import UserError
 from retool.protocols import grammar
-from retool.protocols.base import Call, Malformed, ToolProtocol
+from retool.protocols.base import Call, Malformed
 from retool.protocols.boxed import boxed
 
 _FENCED = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:```|\Z)", re.IGNORECASE | re.DOTALL)
@@ -33,6 +33,8 @@ class TagProtocol:
     """`ToolProtocol` over six tags. `fence`: calls are written with a markdown fence and one tag a line."""
 
     name = "tags"
+    native = False
+    tools = None
 
     def __init__(self, config: ProtocolConfig) -> None:
         tags = (*config.code, *config.observation, *config.answer)
@@ -65,6 +67,10 @@ class TagProtocol:
             self.answer_open,
             self.answer_close,
         )
+
+    @property
+    def single(self) -> tuple[str, ...]:
+        return self.control
 
     def instructions(self) -> str:
         if self._instructions is not None:
@@ -210,8 +216,3 @@ def _strip_blocks(text: str, opening: str, closing: str, tag: re.Pattern[str]) -
         kept.append("\n")
     kept.append(text[position:])
     return "".join(kept)
-
-
-def build_protocol(config: ProtocolConfig) -> ToolProtocol:
-    """The protocol that a recipe names. Raises `ProtocolError`."""
-    return TagProtocol(config)

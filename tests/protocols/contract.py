@@ -23,7 +23,7 @@ class ProtocolContract:
         call = protocol.parse(turn)
         assert isinstance(call, Call)
         assert call.code == CODE
-        assert CODE in turn[call.start : call.end]
+        assert turn[call.start : call.end] == protocol.render_call(CODE)
         assert turn[: call.start] == "I compute. "
         assert turn[: call.end].endswith(protocol.stop)
 

@@ -11,8 +11,7 @@ from typing import Any, Self
 
 from retool.config import Recipe
 from retool.models import tiny_tokenizer
-from retool.protocols.codec import Codec
-from retool.protocols.tags import build_protocol
+from retool.protocols import Codec, build_protocol
 from retool.records import Problem
 from retool.rollout.episode import Episode, EpisodeSettings
 from sandbox.types import ExceptionInfo, ExecResult, Limits, SandboxError, SandboxUnavailable, Status, Usage
