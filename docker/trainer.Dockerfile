@@ -16,14 +16,15 @@ RUN python3 -m venv /opt/retool
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY requirements/ requirements/
-COPY docker/ docker/
+COPY LICENSE docker/wheel[s] docker/wheels/
 # An empty package first, so that a change of the source does not install the dependencies again.
-RUN mkdir -p docker/wheels retool && touch retool/__init__.py \
+RUN mkdir -p retool && touch retool/__init__.py \
  && /opt/retool/bin/python -m pip install -q $PIP_ARGS ${CONSTRAINTS:+-c $CONSTRAINTS} '.[train]' \
  && rm -rf build *.egg-info
 COPY retool/ retool/
 COPY sandbox/ sandbox/
 COPY data_gen/ data_gen/
+COPY docker/*.sh docker/
 RUN /opt/retool/bin/python -m pip install -q $PIP_ARGS --force-reinstall --no-deps . \
  && /opt/retool/bin/python -m pip uninstall -q -y pip \
  && cp docker/trainer-entrypoint.sh docker/viewer.sh /opt/retool/bin/
