@@ -1,7 +1,7 @@
 """What a recipe will take before it starts: parameters, memory, tokens and time of a step (`retool train --dry-run`).
 
-No weights are loaded: networks are made on torch's meta device, from the configuration alone. States (weights, gradients,
-optimiser, reference, critic) are counted exactly; activations and time are estimates, and say so.
+No weights are loaded: networks are made on torch's meta device, from the configuration alone. States (weights,
+gradients, optimiser, reference, critic) are counted exactly; activations and time are estimates, and say so.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`memory`: bytes by what holds them, of the learner's process with its embedded engine. `rollout_tokens`: most that
-    a step can sample. `trained_tokens`: most that a step can learn from, prompts included. `pace`: what was measured, or
-    None. `seconds`: of a step, by part; empty without a measurement."""
+    """`memory`: bytes by what holds them, of the learner's process with its embedded engine. `rollout_tokens`: most
+    that a step can sample. `trained_tokens`: most that it can learn from, prompts included. `pace`: what was measured,
+    or None. `seconds`: of a step, by part; empty without a measurement."""
 
     parameters: int
     memory: dict[str, int]
@@ -109,8 +109,8 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def optimiser_bytes(model: nn.Module) -> int:
-    """Of everything that `Optimiser.state()` holds after a step: two moments and a step count for each parameter, and an
-    fp32 master copy of one of low precision."""
+    """Of everything that `Optimiser.state()` holds after a step: two moments and a step count for each parameter, and
+    an fp32 master copy of one of low precision."""
     total = 0
     for p in model.parameters():
         low = p.dtype in (torch.bfloat16, torch.float16)
@@ -254,8 +254,8 @@ def report(recipe: Recipe, found: Estimate) -> list[str]:
         parts = ", ".join(f"{name} {duration(s)}" for name, s in found.seconds.items())
         whole = sum(found.seconds.values())
         lines += [
-            f"  time      about {duration(whole)} a step, {duration(whole * recipe.steps)} for {recipe.steps} steps, if "
-            "every trajectory is as long as it may be",
+            f"  time      about {duration(whole)} a step, {duration(whole * recipe.steps)} for {recipe.steps} steps, "
+            "if every trajectory is as long as it may be",
             f"    {parts}; without the tool's time and the cost of long attention",
             f"    measured here: one layer in {found.pace.measured_s:.1f} s",
         ]

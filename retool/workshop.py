@@ -35,8 +35,8 @@ class Workshop:
 
 
 def make_sandbox(config: SandboxConfig) -> LocalSandbox | RemoteSandbox | DockerSandbox:
-    """The sandbox of a recipe, not yet started. Raises `UserError` when its token is not there, `SandboxUnavailable` for a
-    name without an address."""
+    """The sandbox of a recipe, not yet started. Raises `UserError` when its token is not there, `SandboxUnavailable`
+    for a name without an address."""
     limits = Limits(wall_s=config.wall_s, cpu_s=config.cpu_s, memory_mb=config.memory_mb)
     if config.kind == "remote":
         token = os.environ.get(config.token_env) if config.token_env is not None else None

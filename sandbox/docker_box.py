@@ -42,14 +42,14 @@ class DockerSandbox:
     """A `Sandbox` whose server runs in a container of its own, for as long as the `async with` block.
 
     `image`: built from docker/sandbox.Dockerfile; never pulled. `runtime`: None for the engine's default, `runsc` for
-    gVisor. `memory_mb`, `cpus`: of the container, all executions together. `workers`: executions at once. `tier`: the
-    one that the server must prove; by default `uid`, and with a `runtime` of its own the strongest that holds inside.
+    gVisor. `memory_mb`, `cpus`: of the container, all executions together. `workers`: executions at once. `tier`:
+    the one that the server must prove; by default `uid`, and with a `runtime` the strongest that holds inside.
     `start_s`: longest wait until it is ready. The other arguments are those of `RemoteSandbox`.
 
-    A container that dies is started again, up to five times in a row; calls under way are retried there. The container is
-    removed at the end, at the interpreter's exit, and, where this process was killed, by the next `DockerSandbox` on
-    this machine. Entering raises `ConfinementUnavailable` with the reason and the fix when there is no engine, no image,
-    or no server that proves its tier.
+    A container that dies is started again, up to five times in a row; calls under way are retried there. It is removed
+    at the end, at the interpreter's exit, and, where this process was killed, by the next `DockerSandbox` on this
+    machine. Entering raises `ConfinementUnavailable` with the reason and the fix when there is no engine, no image, or
+    no server that proves its tier.
     """
 
     def __init__(

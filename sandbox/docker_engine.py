@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -54,15 +55,16 @@ class Engine:
 
     def __init__(self) -> None:
         try:
-            import docker
-            from docker import errors, types
-            from requests.exceptions import RequestException
+            # By name: beside a checkout's folder of that name, type checkers would take the folder.
+            docker, errors, types, requests = map(
+                importlib.import_module, ("docker", "docker.errors", "docker.types", "requests.exceptions")
+            )
         except ImportError:
             raise ConfinementUnavailable(
                 "DockerSandbox needs the Docker SDK: pip install 'retool-rl[docker]'"
             ) from None
         self.errors, self.types = errors, types
-        self.failures = (errors.DockerException, RequestException, OSError)
+        self.failures = (errors.DockerException, requests.RequestException, OSError)
         where = os.environ.get("DOCKER_HOST", "the default socket")
         if where.startswith(("tcp://", "ssh://", "http")):
             raise ConfinementUnavailable(
@@ -74,8 +76,8 @@ class Engine:
             self.cores = int(self.client.info().get("NCPU") or os.cpu_count() or 1)
         except self.failures as error:
             raise ConfinementUnavailable(
-                f"no Docker engine answers at {where} ({_brief(error)}); start it (systemctl start docker), let this user "
-                "use it (usermod -aG docker USER, then log in again), or use sandbox.kind=local, which needs none"
+                f"no Docker engine answers at {where} ({_brief(error)}); start it (systemctl start docker), let this "
+                "user use it (usermod -aG docker USER, then log in again), or use sandbox.kind=local, which needs none"
             ) from None
 
     def close(self) -> None:
@@ -127,7 +129,7 @@ class Container:
         return " | ".join(self._lines)[-2000:] or "nothing"
 
     def start(self, *, command: list[str], runtime: str | None, memory_mb: int, cpus: float | None) -> None:
-        """Create and start it. Raises `ConfinementUnavailable` for what the user can mend, else `SandboxUnavailable`."""
+        """Create and start it. Raises `ConfinementUnavailable` for what can be mended, else `SandboxUnavailable`."""
         with self._lock:
             if not self._removed:
                 self._start(command, runtime, memory_mb, cpus)

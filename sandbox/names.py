@@ -1,7 +1,7 @@
 """Servers by one name: `dns+http://sandbox:8080` stands for a server at each of the name's addresses.
 
-That is how replicas of a compose service (`--scale sandbox=3`) or of a headless Kubernetes service appear. Each becomes a
-server of its own for `RemoteSandbox`, so that load is counted per replica and a session stays where it was opened.
+That is how replicas of a compose service (`--scale sandbox=3`) or of a headless Kubernetes service appear. Each becomes
+a server of its own for `RemoteSandbox`, so that load is counted per replica and a session stays where it was opened.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ PREFIX = "dns+"
 def addresses(urls: Sequence[str]) -> list[str]:
     """`urls` with every `dns+http://` one replaced by a URL for each of its addresses, in order, without repetition.
 
-    Looks names up: not for an event loop that others wait on. Raises `SandboxUnavailable` for a name without an address,
-    `ValueError` for one without a host.
+    Looks names up: not for an event loop that others wait on. Raises `SandboxUnavailable` for a name without an
+    address, `ValueError` for one without a host.
     """
     out: list[str] = []
     for url in urls:

@@ -102,7 +102,8 @@ class SandboxConfig(Section):
 
     kind: Literal["local", "remote", "docker"] = "local"
     """`local` is embedded: a supervisor process over a unix socket. `remote`: servers started with
-    `retool sandbox serve`, at `urls`. `docker`: the same server in a hardened container that the run starts and ends."""
+    `retool sandbox serve`, at `urls`. `docker`: the same server in a hardened container that the run starts and
+    ends."""
     urls: tuple[str, ...] = ()
     """Servers of a remote sandbox: `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. Calls go to the least loaded.
     `dns+http://NAME:PORT` is one server for each address that the name has when the run starts."""

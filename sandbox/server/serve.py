@@ -172,7 +172,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
 
 
 def _unix_socket(path: str, mode: int) -> socket.socket:
-    """A socket whose file has `mode` (by default only this user can connect). A file left over by a server that died is replaced."""
+    """A socket whose file has `mode`. A file left over by a server that died is replaced."""
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(Path(path).lstat().st_mode):
             with socket.socket(socket.AF_UNIX) as other:

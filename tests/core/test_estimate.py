@@ -34,7 +34,7 @@ SHAPES = {
         num_attention_heads=6,
         num_key_value_heads=2,
         tie_word_embeddings=True,
-    ),  # fmt: skip
+    ),
     "qwen, untied, its own head width": Qwen3Config(
         vocab_size=320,
         hidden_size=48,
@@ -44,7 +44,7 @@ SHAPES = {
         num_key_value_heads=2,
         head_dim=24,
         tie_word_embeddings=False,
-    ),  # fmt: skip
+    ),
 }
 
 
@@ -179,8 +179,13 @@ def test_time_grows_with_the_work() -> None:
     few = est.estimate(recipe_of())
     assert set(few.seconds) >= {"sampling", "learning"}
     assert few.pace is not None
-    more = est._seconds(recipe_of("rollout.max_tokens=96"), build_objective(recipe_of()), est.shape_of(
-        est.meta_model(recipe_of().model, 100)), few.pace, few.trained_tokens)  # fmt: skip
+    more = est._seconds(
+        recipe_of("rollout.max_tokens=96"),
+        build_objective(recipe_of()),
+        est.shape_of(est.meta_model(recipe_of().model, 100)),
+        few.pace,
+        few.trained_tokens,
+    )
     assert more["sampling"] == pytest.approx(2 * few.seconds["sampling"])
     assert more["learning"] == pytest.approx(few.seconds["learning"])
 

@@ -1,4 +1,4 @@
-"""`DockerSandbox`: started, used, killed, crashed over, swept; and what it says where there is no engine or no image."""
+"""`DockerSandbox`: started, used, killed, crashed over, swept; and what it says without an engine or an image."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_who_is_dead() -> None:
 
 
 async def test_no_engine_is_said_with_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    pytest.importorskip("docker")
+    pytest.importorskip("docker.errors")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/nobody.sock")
     with pytest.raises(ConfinementUnavailable, match=r"no Docker engine answers.*systemctl start docker"):
         await DockerSandbox().__aenter__()
@@ -92,7 +92,7 @@ async def test_no_engine_is_said_with_the_fix(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_no_engine_is_one_line_of_the_command_line(tmp_path: Path) -> None:
-    pytest.importorskip("docker")
+    pytest.importorskip("docker.errors")
     command = [sys.executable, "-m", "retool", "train", "recipes/tiny.yaml", "sandbox.kind=docker", f"out={tmp_path}/r"]
     environment = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/nobody.sock"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
@@ -202,7 +202,8 @@ class TestRunning:
             f"  async with DockerSandbox({sandbox_image!r}, memory_mb={MEMORY}, workers=1) as box:\n"
             "    print(box.container_id, flush=True); await asyncio.sleep(600)\nasyncio.run(main())\n"
         )
-        owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", program]
+        owner = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # noqa: ASYNC220
         assert owner.stdout is not None
         with owner:
             left = owner.stdout.readline().strip()
