@@ -25,6 +25,7 @@ INSIDE = "/run/retool"
 TOKEN = "/run/secrets/sandbox_token"
 PORT = 8080
 _LINES = 40
+_GOODBYE_S = 5.0
 _LONGEST_SOCKET = 100  # a Unix socket's path has 108 bytes
 
 
@@ -110,6 +111,7 @@ class Container:
         self._removed = False
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._running: Any = None
+        self._reader: threading.Thread | None = None
         self._folder = _private_folder()
         self._token_file = self._folder / "token"
         self._token_file.write_text(token + "\n", encoding="utf-8")
@@ -164,7 +166,8 @@ class Container:
             )
             output = self._running.attach(stdout=True, stderr=True, stream=True, logs=True)
             self.id = str(self._running.id)
-            threading.Thread(target=self._read, args=(output, self.ended), daemon=True, name="retool-docker").start()
+            self._reader = threading.Thread(target=self._read, args=(output, self.ended), daemon=True)
+            self._reader.start()
             self._running.start()
         except engine.failures as error:
             self._drop()
@@ -193,12 +196,19 @@ class Container:
             for chunk in output:
                 self._lines.extend(line for line in chunk.decode(errors="replace").splitlines() if line.strip())
         ended.set()
+        with contextlib.suppress(Exception):
+            output.close()
+        with contextlib.suppress(Exception):  # that marks the socket as closed; the response holds it open
+            output._response.close()
 
     def _drop(self) -> None:
         if self._running is not None:
             with contextlib.suppress(*self.engine.failures):
                 self._running.remove(force=True)
             self._running = None
+        if self._reader is not None:
+            self._reader.join(_GOODBYE_S)
+            self._reader = None
 
     def remove(self) -> None:
         """End and remove it, and its folder. May be called twice."""

@@ -147,16 +147,23 @@ def _build(context: Path, name: str, image: str) -> None:
     )
 
 
+def _kept(image: str) -> bool:
+    """Whether to test the image that an earlier run built: RETOOL_STACK_KEEP=1, for work on the tests themselves."""
+    return os.environ.get("RETOOL_STACK_KEEP") == "1" and docker("image", "inspect", image, check=False).returncode == 0
+
+
 def build(folder: Path) -> None:
     """Build `IMAGE` in `folder`. Raises `NoEngine` where no base image can be had, else `RuntimeError`."""
-    base_image()
-    _build(_context(folder, "serve", ("scipy", "pandas")), "sandbox", IMAGE)
+    if not _kept(IMAGE):
+        base_image()
+        _build(_context(folder, "serve", ("scipy", "pandas")), "sandbox", IMAGE)
 
 
 def build_trainer(folder: Path) -> None:
     """Build `TRAINER` in `folder`, with the versions of requirements/cpu.txt. Raises as `build` does."""
-    base_image()
-    _build(_context(folder, "train", options=("-c", str(ROOT / "requirements/cpu.txt"))), "trainer", TRAINER)
+    if not _kept(TRAINER):
+        base_image()
+        _build(_context(folder, "train", options=("-c", str(ROOT / "requirements/cpu.txt"))), "trainer", TRAINER)
 
 
 def hardening() -> list[str]:
