@@ -80,7 +80,7 @@ def gpus() -> list[Finding]:
             if build is None
             else f"torch is built for CUDA {build}, which the driver lacks"
         )
-        fix = "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu128"
+        fix = "pip install --force-reinstall torch"
         return [Finding("machine", "gpu", f"{driver.splitlines()[0]}, but {why}", "missing", fix)]
     return [Finding("machine", "gpu", "none: small models only")]
 
