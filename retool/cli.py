@@ -60,7 +60,9 @@ def train(
     recipe: RecipeArg,
     overrides: Overrides = None,
     resume: Resume = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, estimate memory and time, and stop.")
+    ] = False,
 ) -> None:
     """Multi-turn RL with the live sandbox.
 
@@ -70,7 +72,10 @@ def train(
 
     resolved = load_recipe(recipe, overrides or [])
     if dry_run:
-        print(dump_recipe(resolved), end="")
+        from retool.estimate import print_estimate
+
+        print(dump_recipe(resolved), end="", flush=True)
+        print_estimate(resolved)
         return
     from retool.console import bar, metrics_line
     from retool.objectives.validate import validate
@@ -213,11 +218,12 @@ def check_template(
 
 
 @app.command()
-def doctor() -> None:
-    """What this machine can do for retool, and the fix for what it cannot."""
-    from retool.explain import print_doctor
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """What this machine can do for retool, and the command that mends what it cannot. Exit code 1 when something that
+    every run needs is wrong; what only a feature lacks is listed."""
+    from retool.doctor import print_doctor
 
-    print_doctor()
+    raise typer.Exit(print_doctor(as_json))
 
 
 @sandbox_app.command("run")
@@ -238,6 +244,7 @@ def sandbox_serve(
     host: Annotated[str, typer.Option(help="Address; anything but this machine's own needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8080,
     uds: Annotated[str | None, typer.Option(help="Unix socket instead of host and port.")] = None,
+    uds_mode: Annotated[str, typer.Option(help="Permissions of that socket, octal.")] = "600",
     profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Executions at once; 0: 1.5 a core.")] = 0,
     tier: Annotated[str | None, typer.Option(help="Insist on one isolation tier.")] = None,
@@ -261,6 +268,7 @@ def sandbox_serve(
         host=host,
         port=port,
         uds=uds,
+        uds_mode=_octal(uds_mode),
         profile=profile,
         workers=workers,
         tier=tier,
@@ -274,6 +282,13 @@ def sandbox_serve(
         drain_s=drain,
         allow_unconfined=allow_unconfined,
     )
+
+
+def _octal(mode: str) -> int:
+    try:
+        return int(mode, 8)
+    except ValueError:
+        raise UserError(f"--uds-mode {mode!r}: write octal permissions, e.g. 660") from None
 
 
 @sandbox_app.command("doctor")

@@ -1,13 +1,9 @@
-"""`retool objectives`, `retool explain` and `retool doctor`: the house describes itself."""
+"""`retool objectives` and `retool explain`: the house describes itself."""
 
 from __future__ import annotations
 
 import difflib
-import importlib.metadata
 import json
-import os
-import platform
-import sys
 from typing import Any
 
 import yaml
@@ -16,8 +12,6 @@ from rich.markup import escape
 from retool.console import console, table
 from retool.errors import UserError
 from retool.recipe import all_keys, nearest_key, resolve
-
-NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "math-verify", "sympy", "pydantic", "matplotlib")
 
 
 def objective_rows() -> list[dict[str, Any]]:
@@ -134,22 +128,3 @@ def key_is_section(key: str, known: dict[str, object]) -> bool:
 
 def _type_name(annotation: object) -> str:
     return getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
-
-
-def print_doctor() -> None:
-    """Versions, cores, GPU and the sandbox's tiers, each with what to do when something is missing."""
-    rows = [["python", platform.python_version(), "" if sys.version_info >= (3, 11) else "3.11 or newer is needed"]]
-    for name in NEEDED:
-        try:
-            rows.append([name, importlib.metadata.version(name), ""])
-        except importlib.metadata.PackageNotFoundError:
-            rows.append([name, "missing", "make install"])
-    rows.append(["cores", str(os.cpu_count()), ""])
-    import torch
-
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    rows.append(["gpu", gpu, "" if gpu != "none" else "not needed; large models want one"])
-    console.print(table("this machine", ["what", "found", "what to do"], rows, figures=False))
-    from retool.sandbox_command import print_capabilities
-
-    print_capabilities()

@@ -16,7 +16,9 @@ from retool.protocols import build_protocol
 from retool.protocols.base import ToolProtocol
 from retool.protocols.codec import Codec
 from retool.rewards import Rewarder
+from sandbox.docker_box import DockerSandbox
 from sandbox.local import LocalSandbox
+from sandbox.names import addresses
 from sandbox.remote import RemoteSandbox
 from sandbox.types import Limits, Sandbox
 
@@ -32,14 +34,24 @@ class Workshop:
     engine: Engine
 
 
-def make_sandbox(config: SandboxConfig) -> LocalSandbox | RemoteSandbox:
-    """The sandbox of a recipe, not yet started. Raises `UserError` when its token is not there."""
+def make_sandbox(config: SandboxConfig) -> LocalSandbox | RemoteSandbox | DockerSandbox:
+    """The sandbox of a recipe, not yet started. Raises `UserError` when its token is not there, `SandboxUnavailable`
+    for a name without an address."""
     limits = Limits(wall_s=config.wall_s, cpu_s=config.cpu_s, memory_mb=config.memory_mb)
     if config.kind == "remote":
         token = os.environ.get(config.token_env) if config.token_env is not None else None
         if config.token_env is not None and not token:
             raise UserError(f"sandbox.token_env: the environment has no variable {config.token_env}, or an empty one")
-        return RemoteSandbox(config.urls, token=token, profile=config.profile, limits=limits)
+        return RemoteSandbox(addresses(config.urls), token=token, profile=config.profile, limits=limits)
+    if config.kind == "docker":
+        return DockerSandbox(
+            config.image,
+            runtime=config.runtime,
+            memory_mb=config.container_memory_mb,
+            workers=config.workers,
+            profile=config.profile,
+            limits=limits,
+        )
     return LocalSandbox(
         profile=config.profile, workers=config.workers, limits=limits, allow_unconfined=config.allow_unconfined
     )

@@ -29,10 +29,12 @@ from sandbox.types import (
 )
 
 if TYPE_CHECKING:
+    from sandbox.docker_box import DockerSandbox
     from sandbox.local import LocalSandbox
 
 __all__ = [
     "ConfinementUnavailable",
+    "DockerSandbox",
     "ExceptionInfo",
     "ExecResult",
     "FileInfo",
@@ -52,9 +54,13 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`LocalSandbox` is loaded when asked for: the sandbox's own small processes do without the client."""
+    """The sandboxes are loaded when asked for: the sandbox's own small processes do without the clients."""
     if name == "LocalSandbox":
         from sandbox.local import LocalSandbox
 
         return LocalSandbox
+    if name == "DockerSandbox":
+        from sandbox.docker_box import DockerSandbox
+
+        return DockerSandbox
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -117,17 +117,25 @@ class ProtocolConfig(Section):
 class SandboxConfig(Section):
     """Which sandbox runs model-written code."""
 
-    kind: Literal["local", "remote"] = "local"
+    kind: Literal["local", "remote", "docker"] = "local"
     """`local` is embedded: a supervisor process over a unix socket. `remote`: servers started with
-    `retool sandbox serve`, at `urls`."""
+    `retool sandbox serve`, at `urls`. `docker`: the same server in a hardened container that the run starts and
+    ends."""
     urls: tuple[str, ...] = ()
-    """Servers of a remote sandbox: `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. Calls go to the least loaded."""
+    """Servers of a remote sandbox: `http://HOST:PORT`, `https://HOST` or `unix:/PATH`. Calls go to the least loaded.
+    `dns+http://NAME:PORT` is one server for each address that the name has when the run starts."""
+    image: str = "retool-sandbox"
+    """Image of a docker sandbox, built from docker/sandbox.Dockerfile."""
+    runtime: str | None = None
+    """Container runtime of a docker sandbox instead of the engine's default, e.g. `runsc` (gVisor)."""
+    container_memory_mb: int = Field(6144, ge=256)
+    """Memory of the container of a docker sandbox in MiB, for all executions together."""
     token_env: str | None = None
     """Name of the environment variable that holds the servers' token; the token itself never stands in a recipe."""
     profile: Literal["auto", "py-bare", "py-math", "py-data"] = "py-math"
     """Which modules the warm interpreter has imported; `auto` looks at what the code imports."""
     workers: int | None = Field(None, ge=1)
-    """Executions at once; default: 1.5 per core. Of a local sandbox only: servers have their own."""
+    """Executions at once; default: 1.5 per core. Not for a remote sandbox: servers have their own."""
     allow_unconfined: bool = False
     """Run without isolation when this machine offers none. Never for code you do not trust. Local only."""
     wall_s: float = Field(5.0, gt=0)
@@ -145,12 +153,22 @@ class SandboxConfig(Section):
             raise ValueError("sandbox.kind remote needs sandbox.urls, e.g. sandbox.urls=[http://127.0.0.1:8080]")
         if self.kind == "remote" and (self.workers is not None or self.allow_unconfined):
             raise ValueError("sandbox.workers and sandbox.allow_unconfined belong to the server of a remote sandbox")
-        if self.kind == "local" and (self.urls or self.token_env is not None):
+        if self.kind != "remote" and (self.urls or self.token_env is not None):
             raise ValueError("sandbox.urls and sandbox.token_env need sandbox.kind remote")
+        if self.kind == "docker" and self.allow_unconfined:
+            raise ValueError(
+                "sandbox.allow_unconfined needs sandbox.kind local: a container confines or does not start"
+            )
+        if self.kind != "docker" and {"image", "runtime", "container_memory_mb"} & self._changed():
+            raise ValueError("sandbox.image, sandbox.runtime and sandbox.container_memory_mb need sandbox.kind docker")
         for url in self.urls:
-            if not url.startswith(("http://", "https://", "unix:")):
+            if not url.startswith(("http://", "https://", "unix:", "dns+http://")):
                 raise ValueError(f"sandbox.urls: {url!r}: write http://HOST:PORT, https://HOST or unix:/PATH")
         return self
+
+    def _changed(self) -> set[str]:
+        """Keys that differ from their defaults (a resolved recipe names them all)."""
+        return {name for name, info in type(self).model_fields.items() if getattr(self, name) != info.default}
 
 
 class EngineConfig(Section):

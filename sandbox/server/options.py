@@ -15,14 +15,15 @@ class ServeError(Exception):
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """`uds` replaces host and port; port 0 takes a free one. `workers`: executions at once (0: 1.5 a core). `queue`:
-    how many more may wait; the rest get 429. `limits`: defaults of every execution. `max_wall_s`, `max_memory_mb`: most
-    that a request may ask for. `drain_s`: how long running work may go on after SIGTERM. `require`: properties that the
-    tier must have."""
+    """`uds` replaces host and port, and its file gets `uds_mode`; port 0 takes a free one. `workers`: executions at
+    once (0: 1.5 a core). `queue`: how many more may wait; the rest get 429. `limits`: defaults of every execution.
+    `max_wall_s`, `max_memory_mb`: most that a request may ask for. `drain_s`: how long running work may go on after
+    SIGTERM. `require`: properties that the tier must have."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     uds: str | None = None
+    uds_mode: int = 0o600
     profile: str = "auto"
     workers: int = 0
     tier: str | None = None

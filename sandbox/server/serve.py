@@ -141,7 +141,11 @@ class _Server(uvicorn.Server):
 
 @contextlib.contextmanager
 def _listening(options: ServeOptions) -> Iterator[socket.socket]:
-    listener = _unix_socket(options.uds) if options.uds is not None else _tcp_socket(options.host, options.port)
+    listener = (
+        _unix_socket(options.uds, options.uds_mode)
+        if options.uds is not None
+        else _tcp_socket(options.host, options.port)
+    )
     try:
         yield listener
     finally:
@@ -167,8 +171,8 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _unix_socket(path: str) -> socket.socket:
-    """A socket that only this user can connect to. A file left over by a server that died is replaced."""
+def _unix_socket(path: str, mode: int) -> socket.socket:
+    """A socket whose file has `mode`. A file left over by a server that died is replaced."""
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(Path(path).lstat().st_mode):
             with socket.socket(socket.AF_UNIX) as other:
@@ -177,7 +181,7 @@ def _unix_socket(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
         listener.bind(path)
-        Path(path).chmod(0o600)
+        Path(path).chmod(mode)
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()

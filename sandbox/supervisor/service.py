@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import os
+import secrets
 import socket
 import time
 from collections import Counter
@@ -43,7 +44,7 @@ from sandbox.types import (
 
 STDIN_BYTES = 16 * 1024 * 1024
 """Largest standard input of one run."""
-_UID_BLOCK = 512
+_UID_BLOCK, _UID_BLOCKS = 512, 60
 
 
 def reserve_uids(count: int) -> tuple[int, list[socket.socket]]:
@@ -55,9 +56,12 @@ def reserve_uids(count: int) -> tuple[int, list[socket.socket]]:
         return 0, []
     mapped = sum(int(line.split()[2]) for line in Path("/proc/self/uid_map").read_text().splitlines())
     start = 2_000_000 if mapped > 2_200_000 else 30_000
+    if mapped > 2_000_000_000:
+        # Another container's locks are not seen from here, but its processes count against the same ids' limits.
+        start += secrets.randbelow(60_000) * _UID_BLOCKS * _UID_BLOCK
     wanted = count // _UID_BLOCK + 1
     locks: list[socket.socket] = []
-    for block in range(60):
+    for block in range(_UID_BLOCKS):
         lock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             lock.bind(f"\0retool-sandbox-uids-{start + block * _UID_BLOCK}")

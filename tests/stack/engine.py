@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "retool-sandbox:stack-test"
+TRAINER = "retool-trainer:stack-test"
 BASES = ("python:3.11-slim-bookworm", "debian-python:bookworm")
 _WAIT_S = 60
 
@@ -117,9 +118,8 @@ def base_image() -> str:
     return BASES[1]
 
 
-def build(folder: Path) -> None:
-    """Build `IMAGE` in `folder`. Raises `NoEngine` where no base image can be had, else `RuntimeError`."""
-    base = base_image()
+def _context(folder: Path, extra: str, more: Sequence[str] = (), options: Sequence[str] = ()) -> Path:
+    """A copy of the tracked files, with the wheels of what every run and one extra need. `options`: of pip."""
     context = folder / "context"
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -130,17 +130,40 @@ def build(folder: Path) -> None:
         if (ROOT / name).is_file():
             shutil.copyfile(ROOT / name, target)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["serve"], "setuptools>=77", "scipy", "pandas"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"][extra], "setuptools>=77", *more]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(context / "docker/wheels"), *wanted],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(context / "docker/wheels"), *options, *wanted],
         check=True,
         cwd=folder,
     )
+    return context
+
+
+def _build(context: Path, name: str, image: str) -> None:
     docker(
-        *("build", "--network", "none", "-f", "docker/sandbox.Dockerfile", "-t", IMAGE),
-        *("--build-arg", f"BASE={base}", "--build-arg", "PIP_ARGS=--no-index", "."),
+        *("build", "--network", "none", "-f", f"docker/{name}.Dockerfile", "-t", image),
+        *("--build-arg", f"BASE={base_image()}", "--build-arg", "PIP_ARGS=--no-index", "."),
         cwd=context,
     )
+
+
+def _kept(image: str) -> bool:
+    """Whether to test the image that an earlier run built: RETOOL_STACK_KEEP=1, for work on the tests themselves."""
+    return os.environ.get("RETOOL_STACK_KEEP") == "1" and docker("image", "inspect", image, check=False).returncode == 0
+
+
+def build(folder: Path) -> None:
+    """Build `IMAGE` in `folder`. Raises `NoEngine` where no base image can be had, else `RuntimeError`."""
+    if not _kept(IMAGE):
+        base_image()
+        _build(_context(folder, "serve", ("scipy", "pandas")), "sandbox", IMAGE)
+
+
+def build_trainer(folder: Path) -> None:
+    """Build `TRAINER` in `folder`, with the versions of requirements/cpu.txt. Raises as `build` does."""
+    if not _kept(TRAINER):
+        base_image()
+        _build(_context(folder, "train", options=("-c", str(ROOT / "requirements/cpu.txt"))), "trainer", TRAINER)
 
 
 def hardening() -> list[str]:

@@ -1,0 +1,41 @@
+# The trainer: everything that `retool` does but model-written code, which runs in the sandbox's containers.
+# Build from the repository's root:
+#
+#   docker build -f docker/trainer.Dockerfile -t retool-trainer .
+#
+# BASE: any image with Python 3.11 or newer as `python3`, with `venv`. CONSTRAINTS: the exact versions of the CPU
+# installation; empty (--build-arg CONSTRAINTS=) takes the newest that fit, which for torch means CUDA's. Where the build
+# has no package index, put wheels into docker/wheels/ and pass --build-arg PIP_ARGS=--no-index.
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+ARG PIP_ARGS=
+ARG CONSTRAINTS=requirements/cpu.txt
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_FIND_LINKS=/src/docker/wheels
+RUN python3 -m venv /opt/retool
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY requirements/ requirements/
+COPY LICENSE docker/wheel[s] docker/wheels/
+# An empty package first, so that a change of the source does not install the dependencies again.
+RUN mkdir -p retool && touch retool/__init__.py \
+ && /opt/retool/bin/python -m pip install -q $PIP_ARGS ${CONSTRAINTS:+-c $CONSTRAINTS} '.[train]' \
+ && rm -rf build *.egg-info
+COPY retool/ retool/
+COPY sandbox/ sandbox/
+COPY data_gen/ data_gen/
+COPY docker/*.sh docker/
+RUN /opt/retool/bin/python -m pip install -q $PIP_ARGS --force-reinstall --no-deps . \
+ && /opt/retool/bin/python -m pip uninstall -q -y pip \
+ && cp docker/trainer-entrypoint.sh docker/viewer.sh /opt/retool/bin/
+
+FROM ${BASE}
+COPY --from=build /opt/retool /opt/retool
+ENV PATH=/opt/retool/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false \
+    HOME=/work USER=retool HF_HOME=/work/models MPLCONFIGDIR=/tmp/matplotlib
+RUN mkdir -p /work/runs /work/models /work/reports && chown -R 1000:1000 /work
+COPY recipes/ /work/recipes/
+USER 1000:1000
+WORKDIR /work
+ENTRYPOINT ["sh", "/opt/retool/bin/trainer-entrypoint.sh"]
+CMD ["--help"]
