@@ -129,17 +129,18 @@ def parse_choice(choice: Mapping[str, Any]) -> Chunk:
 
 class Server:
     """One vLLM server at `url` (`http://...` or `unix:/path`). Everything raises `ServerLost` when it does not answer
-    and `ServerRefused` when it says no. `silence_s`: longest pause within a turn."""
+    and `ServerRefused` when it says no. `silence_s`: longest pause within a turn. `transport`: httpx's, for tests."""
 
-    def __init__(self, url: str, silence_s: float = 600.0) -> None:
+    def __init__(self, url: str, silence_s: float = 600.0, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.url = url
         timeout = httpx.Timeout(30.0, read=silence_s, pool=None)
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-        if url.startswith("unix:"):
-            transport = httpx.AsyncHTTPTransport(uds=url.removeprefix("unix:"), limits=limits)
-            self._client = httpx.AsyncClient(base_url="http://vllm", transport=transport, timeout=timeout)
-        else:
-            self._client = httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout, trust_env=False)
+        socket = url.removeprefix("unix:") if url.startswith("unix:") else None
+        self._client = httpx.AsyncClient(
+            base_url=url if socket is None else "http://vllm",
+            transport=transport or httpx.AsyncHTTPTransport(uds=socket, limits=limits),
+            timeout=timeout,
+        )
 
     async def check(self) -> int:
         """The longest context it allows. Raises `ServerRefused` for an older vLLM, or one without RL endpoints."""

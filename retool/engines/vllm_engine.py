@@ -37,13 +37,12 @@ from retool.engines.transformers_engine import _eos_ids
 from retool.engines.vllm_adapter import Server, ServerLost, ServerRefused, request_body
 from retool.engines.vllm_server import LocalServer
 from retool.engines.vllm_turn import Replica, Thread, Turn, new_thread
-from retool.errors import UserError
 
 _FRESH_S = 2.0  # a server cannot have been started anew within that many seconds after it answered
 _PROBE_TOKENS = 8
 
 
-class ProbeMismatch(EngineError, UserError):
+class ProbeMismatch(EngineError):
     """After an update the server's log-probs are not the learner's: going on would train on wrong numbers."""
 
     retryable = False
@@ -127,6 +126,7 @@ class VllmEngine:
         self._open: set[Thread] = set()
         self._counts = {"prefilled": 0, "decoded": 0, "ticks": 0, "updates": 0, "cut": 0, "lost": 0}
         self.largest_gap = 0.0
+        self._fatal: ProbeMismatch | None = None
         self._closed = False
 
     # -- the engine's surface ---------------------------------------------------------------------------------------
@@ -183,9 +183,12 @@ class VllmEngine:
                 self._version = version
                 self._counts["updates"] += 1
                 if self._ready:
-                    await asyncio.gather(*(self._install(r) for r in self._replicas if r.good))
+                    work = [self._install(r) for r in self._replicas if r.good]
                 else:
-                    await asyncio.gather(*(self._restore(r) for r in self._replicas))
+                    work = [self._restore(r) for r in self._replicas]
+                for failure in await asyncio.gather(*work, return_exceptions=True):
+                    if failure is not None:
+                        raise failure
                 self._ready = True
                 if old is not None:
                     await asyncio.to_thread(shutil.rmtree, old, True)
@@ -347,8 +350,13 @@ class VllmEngine:
             raise EngineError("the engine is closed")
         if self._reviving is not None and self._reviving.done():
             task, self._reviving = self._reviving, None
-            if not task.cancelled():
-                task.result()  # a server that answers but may not be used is told once
+            failure = None if task.cancelled() else task.exception()
+            if isinstance(failure, ProbeMismatch):
+                self._fatal = failure
+            elif failure is not None:
+                raise failure  # a server that answers but may not be used is told once
+        if self._fatal is not None:
+            raise self._fatal
         if not any(r.good for r in self._replicas):
             told = "; ".join(f"{r.server.url}: {r.why}" for r in self._replicas)
             raise EngineError(f"no vLLM server answers: {told}")

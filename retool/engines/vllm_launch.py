@@ -1,6 +1,6 @@
 """Runs vLLM's API server inside its own interpreter and ends with whoever started it. Imports nothing of retool.
 
-    VLLM_PYTHON vllm_launch.py --model ... (standard input is a lifeline: its end means stop)
+VLLM_PYTHON vllm_launch.py --model ... (standard input is a lifeline: its end means stop)
 """
 
 import os

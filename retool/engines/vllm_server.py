@@ -67,6 +67,7 @@ def arguments(
     made = ["--model", model, "--served-model-name", "policy", *where]
     made += ["--dtype", dtype, "--max-num-seqs", str(slots), "--generation-config", "vllm"]
     made += ["--logprobs-mode", "processed_logprobs", "--enable-prefix-caching"]
+    made += ["--no-async-scheduling"]  # bans must see every sampled id before the next one is chosen
     made += ["--logits-processors", "retool_vllm.plugin:Bans"]
     made += ["--worker-extension-cls", "retool_vllm.plugin.WorkerExtension"]
     made += ["--weight-transfer-config", '{"backend": "retool_file"}']
@@ -80,6 +81,7 @@ def environment(plugin: Path, *, cpu: bool) -> dict[str, str]:
     made = {**os.environ, "PYTHONPATH": str(plugin), "VLLM_SERVER_DEV_MODE": "1"}
     made.setdefault("VLLM_NO_USAGE_STATS", "1")
     made.setdefault("DO_NOT_TRACK", "1")
+    made.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second one wants another kind of logits processor
     if cpu:
         made.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         made.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
