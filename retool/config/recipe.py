@@ -140,7 +140,7 @@ class EngineConfig(Section):
     """What turns weights into tokens."""
 
     kind: Literal["transformers", "vllm"] = "transformers"
-    """`transformers` is embedded. `vllm` is served: by servers at `urls`, or by one that is started and stopped here."""
+    """`transformers` is embedded. `vllm` is served: by servers at `urls`, or by one that this run starts and stops."""
     slots: int = Field(64, ge=1)
     """Trajectories decoded side by side."""
     context: int | None = Field(None, ge=16)

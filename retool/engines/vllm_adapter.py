@@ -122,8 +122,9 @@ def parse_choice(choice: Mapping[str, Any]) -> Chunk:
     if len(given) != len(ids):
         raise ServerLost(f"vLLM sent {len(ids)} ids with {len(given)} log-probs")
     logprobs = tuple(float(x) for x in given)
-    if any(not _FLOOR < x < 1e-4 for x in logprobs):
-        raise ServerRefused(f"vLLM sampled a token with log-prob {[x for x in logprobs if not _FLOOR < x < 1e-4][0]}")
+    for value in logprobs:
+        if not _FLOOR < value < 1e-4:
+            raise ServerRefused(f"vLLM sampled a token with log-prob {value}")
     return Chunk(ids, tuple(min(x, 0.0) for x in logprobs), choice.get("finish_reason"))
 
 

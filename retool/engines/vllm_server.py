@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class LocalServer:
             )
 
     async def wait(self, seconds: float, ready: Any) -> None:
-        """Until `await ready()` raises no more. Raises `UserError` with the log's end when the server dies or is late."""
+        """Until `await ready()` raises no more. Raises `UserError` with the log's end when it dies or is late."""
         end = time.monotonic() + seconds
         while True:
             if self.socket.exists():
@@ -155,10 +156,8 @@ class LocalServer:
             return
         if process.poll() is None:
             _signal(process.pid, signal.SIGTERM)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(10)
-            except subprocess.TimeoutExpired:
-                pass
         _signal(process.pid, signal.SIGKILL)  # whoever of its group is left
         process.wait()
         if process.stdin is not None:
@@ -172,10 +171,8 @@ class LocalServer:
 
 
 def _signal(group: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 def main(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> None:

@@ -50,12 +50,15 @@ class FakeVllm(httpx.AsyncBaseTransport):
         if path == "/weight_info":
             return httpx.Response(200, json={"weight_version": self.tag})
         if path == "/update_weights" and not self.deaf:
-            for file in Path(body["update_info"]["folder"]).glob("*.safetensors"):
-                self.model.load_state_dict(load_file(file), strict=False)
+            self._load(Path(body["update_info"]["folder"]))
         if path == "/finish_weight_update":
             self.tag = body["weight_version"]
         self.paused = path == "/pause" or (self.paused and path != "/resume")
         return httpx.Response(200, json={"success": True})
+
+    def _load(self, folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            self.model.load_state_dict(load_file(file), strict=False)
 
     def _complete(self, body: dict[str, Any]) -> httpx.Response:
         self.bodies.append(body)
@@ -75,7 +78,7 @@ class _Stream(httpx.AsyncByteStream):
         extra = body.get("vllm_xargs", {})
         for n in range(body["max_tokens"]):
             await asyncio.sleep(self.server.slow)
-            while self.server.paused:
+            while self.server.paused:  # noqa: ASYNC110
                 await asyncio.sleep(0.001)
             if self.server.down:
                 raise httpx.ReadError("connection lost")

@@ -201,7 +201,7 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
             engine._model.lm_head.weight.mul_(1.05)
         await engine.sync(None, 1)
         end = time.monotonic() + 300
-        while any(not r.good for r in engine._replicas) and time.monotonic() < end:
+        while any(not r.good for r in engine._replicas) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.5)
         assert all(r.good and r.tag == engine._tag for r in engine._replicas)
         # the lifeline: a server whose starter is gone ends itself
