@@ -83,9 +83,9 @@ def small_llama(
 
 
 @cache
-def _learnt(kind: str, head_dim: int | None, tied: bool, context: int) -> dict[str, torch.Tensor]:
+def _learnt(kind: str, head_dim: int | None, tied: bool, context: int, seed: int) -> dict[str, torch.Tensor]:
     tokenizer = bpe_tokenizer() if kind == "bpe" else tag_tokenizer()
-    model = small_llama(tokenizer, context=context, head_dim=head_dim, tied=tied)
+    model = small_llama(tokenizer, seed, context=context, head_dim=head_dim, tied=tied)
     parts = [encode(tokenizer, t) for t in (PROMPT, TURN, RESULT, REST)]
     ids = torch.tensor([[i for p in parts for i in p] + [tokenizer.eos_token_id]])
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
@@ -98,9 +98,11 @@ def _learnt(kind: str, head_dim: int | None, tied: bool, context: int) -> dict[s
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
-def speaker(kind: str, head_dim: int | None = None, tied: bool = True, context: int = 128) -> LlamaForCausalLM:
+def speaker(
+    kind: str, head_dim: int | None = None, tied: bool = True, context: int = 128, seed: int = 0
+) -> LlamaForCausalLM:
     """A fresh copy of the model that has learnt `PROMPT TURN RESULT REST <end>` by heart."""
     tokenizer = bpe_tokenizer() if kind == "bpe" else tag_tokenizer()
     model = small_llama(tokenizer, context=context, head_dim=head_dim, tied=tied)
-    model.load_state_dict(_learnt(kind, head_dim, tied, context))
+    model.load_state_dict(_learnt(kind, head_dim, tied, context, seed))
     return model.eval()
