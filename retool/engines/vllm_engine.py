@@ -285,6 +285,7 @@ class VllmEngine:
                     got += len(chunk.ids)
                     if turn.push(chunk):
                         return
+                    await asyncio.sleep(0)  # what lies in the buffer must not hide an update or a cancellation
             if not got:
                 raise ServerLost(f"{replica.server.url} ended a turn without a token")
         except ServerLost as error:

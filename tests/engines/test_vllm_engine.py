@@ -39,6 +39,8 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 class TestVllm(WeightsContract):
     """`tags` is a model with tied embeddings, `bpe` one without."""
 
+    long = 480  # a server does not wait for us
+
     @pytest.fixture(autouse=True)
     def _servers(self, fleet: Fleet) -> None:
         self.fleet = fleet
@@ -47,7 +49,7 @@ class TestVllm(WeightsContract):
         return tokenizer_of(kind)
 
     def make(self, kind: str, slots: int = 8, **options: Any) -> VllmEngine:
-        return self.fleet.engine(kind, **options)
+        return self.fleet.engine(kind, context=LONG, **options)
 
     def model(self, engine: VllmEngine) -> Any:
         return engine._model
