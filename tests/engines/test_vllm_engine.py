@@ -183,12 +183,12 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
     own = await asyncio.to_thread(start, "tags", tmp_path / "model")
     try:
         await asyncio.to_thread(answers, own)
-        engine = fleet.engine("tags", urls=(own.url,), local={own.url: own})
+        engine = fleet.engine("tags", context=LONG, urls=(own.url,), local={own.url: own})
         tok = tokenizer_of("tags")
         sessions = [await engine.open(encode(tok, PROMPT), seed=i) for i in range(4)]
         assert sorted(s.url for s in sessions) == sorted([own.url, fleet.servers["tags"].url] * 2)  # least loaded
         lost = next(s for s in sessions if s.url == own.url)
-        turn = asyncio.create_task(lost.generate(Sampling(100, temperature=1.0, min_tokens=100)))
+        turn = asyncio.create_task(lost.generate(Sampling(480, temperature=1.0, min_tokens=480)))
         while not engine.stats()["ticks"]:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         assert own._process is not None
