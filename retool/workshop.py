@@ -57,15 +57,24 @@ def make_sandbox(config: SandboxConfig) -> LocalSandbox | RemoteSandbox | Docker
     )
 
 
+async def make_engine(recipe: Recipe, model: Any, tokenizer: Any, lockstep: bool = False) -> Engine:
+    """The engine of a recipe, over the weights of `model` as they are at each `sync(None, version)`. Raises `UserError`
+    when a server cannot be had."""
+    config = recipe.engine
+    if config.kind == "vllm":
+        from retool.engines.vllm_open import open_vllm
+
+        return await open_vllm(config, model, tokenizer)
+    return TransformersEngine(model, tokenizer, slots=config.slots, context=config.context, lockstep=lockstep)
+
+
 @asynccontextmanager
 async def open_workshop(
     recipe: Recipe, model: Any, tokenizer: Any, *, lockstep: bool = False
 ) -> AsyncIterator[Workshop]:
     """Start every part; raises `SandboxError` or `UserError` when one cannot be had."""
     codec = Codec(tokenizer, build_protocol(recipe.protocol))
-    engine = TransformersEngine(
-        model, tokenizer, slots=recipe.engine.slots, context=recipe.engine.context, lockstep=lockstep
-    )
+    engine = await make_engine(recipe, model, tokenizer, lockstep)
     try:
         async with (
             make_sandbox(recipe.sandbox) as sandbox,

@@ -174,12 +174,49 @@ class SandboxConfig(Section):
 class EngineConfig(Section):
     """What turns weights into tokens."""
 
-    kind: Literal["transformers"] = "transformers"
-    """Generation engine."""
+    kind: Literal["transformers", "vllm"] = "transformers"
+    """`transformers` is embedded. `vllm` is served: by servers at `urls`, or by one that this run starts and stops."""
     slots: int = Field(64, ge=1)
     """Trajectories decoded side by side."""
     context: int | None = Field(None, ge=16)
     """Longest trajectory in tokens; default: what the model allows."""
+    urls: tuple[str, ...] = ()
+    """vLLM servers (`http://HOST:PORT`), started with `python -m retool.engines.vllm_server`; sessions go to the least
+    loaded one and stay there."""
+    python: str | None = None
+    """Interpreter that has vLLM, for a server started here; default: $RETOOL_VLLM_PYTHON, .venv-vllm/bin/python, or
+    the one that runs retool."""
+    weight_sync: Literal["file", "reload", "nccl"] = "file"
+    """How new weights reach vLLM. `file`: safetensors in `share`, loaded in place by every worker. `reload`: the same
+    file through vLLM's own `reload_weights` (not for tied embeddings on CPU, which the probe would refuse)."""
+    share: str | None = None
+    """Folder for weights that learner and servers both see at the same path; default: a temporary one (one machine)."""
+    probe_tolerance: float | None = Field(None, gt=0)
+    """Largest difference of log-probs between learner and server after a sync before the run stops; default: 1e-3 for
+    float32 weights, 0.2 for bfloat16."""
+    server_args: tuple[str, ...] = ()
+    """More arguments for a vLLM server that is started here, e.g. [--gpu-memory-utilization, "0.4"]."""
+    start_s: float = Field(600.0, gt=0)
+    """Seconds a server may take until it answers."""
+    turn_s: float = Field(600.0, gt=0)
+    """Seconds a server may stay silent within a turn before it counts as broken."""
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> EngineConfig:
+        own = ("urls", "python", "share", "probe_tolerance", "server_args")
+        given = [k for k in own if getattr(self, k)]
+        if self.kind != "vllm" and given:
+            raise ValueError(f"engine.{given[0]} needs engine.kind vllm")
+        if self.weight_sync == "nccl":
+            raise ValueError("engine.weight_sync nccl is not available yet: use file (a shared folder, e.g. /dev/shm)")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"engine.urls: {url!r}: write http://HOST:PORT or https://HOST")
+        if self.urls and self.share is None:
+            raise ValueError("engine.urls needs engine.share: a folder that this process and the servers both see")
+        if self.urls and (self.python or self.server_args):
+            raise ValueError("engine.python and engine.server_args are for a server started here, not for engine.urls")
+        return self
 
 
 class DynamicConfig(Section):
@@ -395,6 +432,12 @@ class Recipe(Section):
             **{k: v for k, v in overlong.items() if v is not None},
         }
         return {**raw, "reward": {**reward, "overlong": filled}}
+
+    @model_validator(mode="after")
+    def _lockstep_is_embedded(self) -> Recipe:
+        if self.deterministic and self.engine.kind != "transformers":
+            raise ValueError("deterministic: true needs engine.kind transformers: no server promises equal bits")
+        return self
 
     @model_validator(mode="after")
     def _shuffled_scores_are_not_carried(self) -> Recipe:

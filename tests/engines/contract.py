@@ -184,7 +184,10 @@ async def _ticks(engine: Any, n: int) -> None:
 
 
 class WeightsContract(EngineContract):
-    """For engines over a model that this process can also run: `model(engine)` gives it."""
+    """For engines over a model that this process can also run: `model(engine)` gives it. `long`: tokens of a turn that
+    is still running when new weights come."""
+
+    long = 100
 
     def model(self, engine: Any) -> Any:
         raise NotImplementedError
@@ -299,7 +302,7 @@ class WeightsContract(EngineContract):
         engine, tok = self.make("tags"), self.tokenizer("tags")
         prompt = encode(tok, PROMPT)
         session = await engine.open(prompt, seed=1)
-        task = asyncio.create_task(session.generate(Sampling(100, temperature=0.8, min_tokens=100)))
+        task = asyncio.create_task(session.generate(Sampling(self.long, temperature=0.8, min_tokens=self.long)))
         await _ticks(engine, 3)
         fresh = {k: v + 0.05 * torch.randn_like(v) for k, v in self.model(engine).state_dict().items()}
         old = {k: v.clone() for k, v in self.model(engine).state_dict().items()}

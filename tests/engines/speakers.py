@@ -53,7 +53,14 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
-def small_llama(tokenizer: Any, seed: int = 0, kv_heads: int = 2, context: int = 128) -> LlamaForCausalLM:
+def small_llama(
+    tokenizer: Any,
+    seed: int = 0,
+    kv_heads: int = 2,
+    context: int = 128,
+    head_dim: int | None = None,
+    tied: bool = True,
+) -> LlamaForCausalLM:
     """Grouped-query attention, random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,8 +71,9 @@ def small_llama(tokenizer: Any, seed: int = 0, kv_heads: int = 2, context: int =
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=kv_heads,
+            head_dim=head_dim,
             max_position_embeddings=context,
-            tie_word_embeddings=True,
+            tie_word_embeddings=tied,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=None,
@@ -75,9 +83,9 @@ def small_llama(tokenizer: Any, seed: int = 0, kv_heads: int = 2, context: int =
 
 
 @cache
-def _learnt(kind: str) -> dict[str, torch.Tensor]:
+def _learnt(kind: str, head_dim: int | None, tied: bool, context: int, seed: int) -> dict[str, torch.Tensor]:
     tokenizer = bpe_tokenizer() if kind == "bpe" else tag_tokenizer()
-    model = small_llama(tokenizer)
+    model = small_llama(tokenizer, seed, context=context, head_dim=head_dim, tied=tied)
     parts = [encode(tokenizer, t) for t in (PROMPT, TURN, RESULT, REST)]
     ids = torch.tensor([[i for p in parts for i in p] + [tokenizer.eos_token_id]])
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.0)
@@ -90,8 +98,11 @@ def _learnt(kind: str) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
-def speaker(kind: str) -> LlamaForCausalLM:
+def speaker(
+    kind: str, head_dim: int | None = None, tied: bool = True, context: int = 128, seed: int = 0
+) -> LlamaForCausalLM:
     """A fresh copy of the model that has learnt `PROMPT TURN RESULT REST <end>` by heart."""
-    model = small_llama(bpe_tokenizer() if kind == "bpe" else tag_tokenizer())
-    model.load_state_dict(_learnt(kind))
+    tokenizer = bpe_tokenizer() if kind == "bpe" else tag_tokenizer()
+    model = small_llama(tokenizer, context=context, head_dim=head_dim, tied=tied)
+    model.load_state_dict(_learnt(kind, head_dim, tied, context, seed))
     return model.eval()

@@ -1,0 +1,102 @@
+"""From a recipe's `engine` section to a served engine: finds vLLM, starts a server or waits for those at `urls`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import torch
+
+from retool.config import EngineConfig
+from retool.engines.vllm_adapter import CPU_HEAD_SIZES, Server, ServerLost
+from retool.engines.vllm_engine import VllmEngine
+from retool.engines.vllm_server import LocalServer, find_python
+from retool.errors import UserError
+
+
+async def open_vllm(config: EngineConfig, model: Any, tokenizer: Any) -> VllmEngine:
+    """The engine over `model`'s weights, its servers answering. Raises `UserError` when they cannot be had."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    context = config.context or longest
+    if context is None:
+        raise UserError("the model does not say how long its context is; set engine.context")
+    if longest is not None and context > longest:
+        raise UserError(f"engine.context is {context}, but the model knows only {longest} positions")
+    if config.urls:
+        servers = [Server(url.rstrip("/"), config.turn_s) for url in config.urls]
+        local: dict[str, LocalServer] = {}
+        try:
+            await asyncio.gather(*(_answers(s, config.start_s) for s in servers))
+        except BaseException:
+            for server in servers:
+                await server.close()
+            raise
+    else:
+        own = await _start(config, model, tokenizer, context)
+        servers, local = [Server(own.url, config.turn_s)], {own.url: own}
+    return VllmEngine(
+        model,
+        tokenizer,
+        servers,
+        context=context,
+        share=config.share,
+        weight_sync="reload" if config.weight_sync == "reload" else "file",
+        probe_tolerance=config.probe_tolerance,
+        start_s=config.start_s,
+        local=local,
+    )
+
+
+async def _answers(server: Server, seconds: float) -> None:
+    """Wait for a server that somebody else starts."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            await server.check()
+            return
+        except ServerLost as error:
+            if time.monotonic() > end:
+                raise UserError(f"engine.urls: no answer within engine.start_s ({seconds:g} s): {error}") from error
+        await asyncio.sleep(1.0)
+
+
+async def _start(config: EngineConfig, model: Any, tokenizer: Any, context: int) -> LocalServer:
+    """A server of this run's own, over the weights as they are now."""
+    python = await asyncio.to_thread(find_python, config.python)
+    cpu = not torch.cuda.is_available()
+    if cpu:
+        check_heads(model)
+    parameter = next(model.parameters())
+    options = {
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "context": context,
+        "slots": config.slots,
+        "cpu": cpu,
+        "more": config.server_args,
+    }
+    own = LocalServer.new(python, "", **options)
+    start = own.folder / "model"
+    server = Server(own.url)
+    try:
+        await asyncio.to_thread(model.save_pretrained, start)
+        await asyncio.to_thread(tokenizer.save_pretrained, start)
+        await asyncio.to_thread(own.start, str(start))
+        await own.wait(config.start_s, server.check)
+    except BaseException:
+        await asyncio.to_thread(own.remove)
+        raise
+    finally:
+        await server.close()
+    return own
+
+
+def check_heads(model: Any) -> None:
+    """vLLM's attention on CPU knows few head sizes. Raises `UserError`."""
+    text = model.config.get_text_config()
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if size not in CPU_HEAD_SIZES:
+        raise UserError(
+            f"engine.kind vllm: on CPU vLLM knows attention heads of {', '.join(map(str, CPU_HEAD_SIZES))} numbers, "
+            f"this model has {size}; a tiny model can have others, e.g. model.tiny.hidden=128 model.tiny.heads=4"
+        )

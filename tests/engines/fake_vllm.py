@@ -1,0 +1,108 @@
+"""A vLLM server in the shapes of version 0.32, over a model in this process: for tests of the client that must run
+where no vLLM is. It samples token by token without a cache; `slow` seconds a token."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import torch
+from safetensors.torch import load_file
+
+from retool.engines.sampler import draw, processed_logprobs, uniforms
+
+
+class FakeVllm(httpx.AsyncBaseTransport):
+    """`down`: nobody answers. `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash."""
+
+    def __init__(self, model: Any, slow: float = 0.0, version: str = "0.32.0", dev: bool = True) -> None:
+        self.model, self.slow, self.version, self.dev = model, slow, version, dev
+        self.first = {k: v.clone() for k, v in model.state_dict().items()}
+        self.tag = "default"
+        self.down = self.deaf = False
+        self.paused = False
+        self.calls: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.left_open = 0
+
+    def restart(self) -> None:
+        self.model.load_state_dict(self.first)
+        self.tag = "default"
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if self.down:
+            raise httpx.ConnectError("All connection attempts failed", request=request)
+        path = request.url.path
+        body = json.loads(await request.aread() or b"{}")
+        self.calls.append(path)
+        if path == "/version":
+            return httpx.Response(200, json={"version": self.version})
+        if path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "policy", "max_model_len": 512}]})
+        if path == "/v1/completions":
+            return self._complete(body)
+        if not self.dev:
+            return httpx.Response(404, json={"detail": "Not Found"})
+        if path == "/weight_info":
+            return httpx.Response(200, json={"weight_version": self.tag})
+        if path == "/update_weights" and not self.deaf:
+            self._load(Path(body["update_info"]["folder"]))
+        if path == "/finish_weight_update":
+            self.tag = body["weight_version"]
+        self.paused = path == "/pause" or (self.paused and path != "/resume")
+        return httpx.Response(200, json={"success": True})
+
+    def _load(self, folder: Path) -> None:
+        for file in folder.glob("*.safetensors"):
+            self.model.load_state_dict(load_file(file), strict=False)
+
+    def _complete(self, body: dict[str, Any]) -> httpx.Response:
+        self.bodies.append(body)
+        if len(body["prompt"]) >= 512:
+            error = {"message": "This model's maximum context length is 512 tokens.", "code": 400}
+            return httpx.Response(400, json={"error": error})
+        return httpx.Response(200, stream=_Stream(self, body))
+
+
+class _Stream(httpx.AsyncByteStream):
+    def __init__(self, server: FakeVllm, body: dict[str, Any]) -> None:
+        self.server, self.body = server, body
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        self.server.left_open += 1
+        ids, body = list(self.body["prompt"]), self.body
+        extra = body.get("vllm_xargs", {})
+        for n in range(body["max_tokens"]):
+            await asyncio.sleep(self.server.slow)
+            while self.server.paused:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            if self.server.down:
+                raise httpx.ReadError("connection lost")
+            with torch.no_grad():
+                logits = self.server.model(input_ids=torch.tensor([ids])).logits[:, -1].float()
+            if n < extra.get("retool_min_tokens", 0):
+                logits[:, json.loads(extra["retool_early_ids"])] = -torch.inf
+            temperature = torch.tensor([body["temperature"]])
+            logp = processed_logprobs(logits, temperature, [body["top_k"]], [body["top_p"]])
+            (token,), (value,) = draw(logp, uniforms([body["seed"]], [n]), [body["temperature"] == 0])
+            ids.append(token)
+            reason = "stop" if token in body["stop_token_ids"] else None
+            reason = "length" if reason is None and n + 1 == body["max_tokens"] else reason
+            yield self._event(token, value, reason)
+            if reason == "stop":
+                break
+        yield b"data: [DONE]\n\n"
+
+    def _event(self, token: int, value: float, reason: str | None) -> bytes:
+        logprobs = {"text_offset": [0], "token_logprobs": [value], "tokens": ["?"], "top_logprobs": [{"?": value}]}
+        choice = {"index": 0, "text": "?", "logprobs": logprobs, "finish_reason": reason, "stop_reason": None}
+        choice |= {"prompt_token_ids": None, "token_ids": [token]}
+        event = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "policy", "choices": [choice]}
+        return b"data: " + json.dumps(event).encode() + b"\n\n"
+
+    async def aclose(self) -> None:
+        self.server.left_open -= 1

@@ -1,0 +1,229 @@
+"""The served engine keeps the contract over real vLLM servers, and says what the embedded engine says.
+
+Needs an interpreter with vLLM ($RETOOL_VLLM_PYTHON or .venv-vllm/bin/python): `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from retool.engines.base import EngineError, Sampling
+from retool.engines.transformers_engine import TransformersEngine
+from retool.engines.vllm_adapter import Server
+from retool.engines.vllm_engine import ProbeMismatch, VllmEngine
+from retool.recipe import load_recipe
+from retool.train import train
+from tests.engines.contract import WeightsContract
+from tests.engines.speakers import PROMPT, RESULT, STOP, TURN, encode
+from tests.engines.vllm_servers import LONG, Fleet, answers, model_of, python, start, tokenizer_of
+
+pytestmark = [pytest.mark.stack, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    made = Fleet(tmp_path_factory.mktemp("vllm"))
+    yield made
+    made.close()
+
+
+class TestVllm(WeightsContract):
+    """`tags` is a model with tied embeddings, `bpe` one without."""
+
+    long = 480  # a server does not wait for us
+
+    @pytest.fixture(autouse=True)
+    def _servers(self, fleet: Fleet) -> None:
+        self.fleet = fleet
+
+    def tokenizer(self, kind: str) -> Any:
+        return tokenizer_of(kind)
+
+    def make(self, kind: str, slots: int = 8, **options: Any) -> VllmEngine:
+        return self.fleet.engine(kind, context=LONG, **options)
+
+    def model(self, engine: VllmEngine) -> Any:
+        return engine._model
+
+
+def embedded(kind: str) -> TransformersEngine:
+    return TransformersEngine(model_of(kind), tokenizer_of(kind), slots=4, context=LONG)
+
+
+@pytest.mark.parametrize("kind", ["tags", "bpe"])
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(40, temperature=0, stop=(STOP,)),
+        Sampling(40, temperature=0, stop=(STOP,), banned=("run",)),
+        Sampling(40, temperature=0, stop=(STOP,), min_tokens=30),
+        Sampling(7, temperature=0, stop=(STOP, "x = ")),
+    ],
+    ids=["plain", "banned", "min_tokens", "short"],
+)
+async def test_the_same_episode_through_both_engines(fleet: Fleet, kind: str, sampling: Sampling) -> None:
+    tok = tokenizer_of(kind)
+    episodes = []
+    for engine in (embedded(kind), fleet.engine(kind, context=LONG)):
+        session = await engine.open(encode(tok, PROMPT), seed=3)
+        turns = []
+        for _ in range(4):
+            turns.append(await session.generate(sampling))
+            await session.append(encode(tok, RESULT))
+        episodes.append((session.ids, turns))
+        await engine.close()
+    (ours_ids, ours), (theirs_ids, theirs) = episodes
+    assert ours_ids == theirs_ids
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.ids, a.finish, a.stop) == (b.ids, b.finish, b.stop)
+        assert max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)) <= 1e-4
+
+
+async def test_prefill_grows_with_what_is_new_not_with_the_square(fleet: Fleet) -> None:
+    """Blocks of 32 tokens are cached whole, so a turn may compute up to 32 tokens again, never the whole prefix."""
+    engine, tok = fleet.engine("tags", context=LONG), tokenizer_of("tags")
+    server = Server(fleet.servers["tags"].url)
+    prompt, result = encode(tok, PROMPT * 9), encode(tok, RESULT * 5)
+    session = await engine.open(prompt, seed=1)
+
+    async def computed() -> float:
+        return (await server.metrics())["vllm:prompt_tokens_by_source_total/local_compute"]
+
+    before, turns, whole = await computed(), 10, 0
+    for _ in range(turns):
+        whole += len(session.ids)
+        await session.generate(Sampling(8, temperature=1.0, min_tokens=8))
+        await session.append(result)
+    spent = await computed() - before
+    new = len(prompt) + (turns - 1) * len(result)
+    assert engine.stats()["prefilled"] == new
+    assert new <= spent <= new + turns * 33 < whole / 2
+    await server.close()
+    await engine.close()
+
+
+async def test_other_weights_change_what_is_said_and_the_cache_is_forgotten(fleet: Fleet) -> None:
+    """Untied embeddings; the prefix was computed under the old weights."""
+    engine, tok = fleet.engine("bpe"), tokenizer_of("bpe")
+    prompt = encode(tok, PROMPT * 8)
+    session = await engine.open(prompt, seed=1)
+    await session.generate(Sampling(6, temperature=0))
+    with torch.no_grad():
+        for p in engine._model.parameters():
+            p.add_(0.03 * torch.randn_like(p))
+    await engine.sync(None, version=3)
+    c = await session.generate(Sampling(12, temperature=0, min_tokens=12))
+    ids = list(session.ids)
+    with torch.no_grad():
+        logits = engine._model(input_ids=torch.tensor([ids])).logits[0]
+    logits[:, tok.eos_token_id] = -torch.inf
+    logp = torch.log_softmax(logits, -1)
+    start_at = len(ids) - len(c.ids)
+    full = [float(logp[i - 1, ids[i]]) for i in range(start_at, len(ids))]
+    assert c.versions == ((0, 3),)
+    assert max(abs(a - b) for a, b in zip(c.logprobs, full, strict=True)) <= 1e-4
+    assert engine.largest_gap <= 1e-4
+    await engine.close()
+
+
+async def test_the_probe_stops_a_run_whose_server_kept_its_old_head(fleet: Fleet) -> None:
+    """vLLM's `reload_weights` leaves the packed head of tied embeddings as it was on CPU."""
+    engine = fleet.engine("tags", weight_sync="reload")
+    try:
+        await engine.sync(None, 0)
+        with torch.no_grad():
+            engine._model.get_input_embeddings().weight.add_(0.05)
+            engine._model.get_input_embeddings().weight.mul_(1.3)
+        with pytest.raises(ProbeMismatch, match="weight_sync is reload"):
+            await engine.sync(None, 1)
+    finally:
+        await engine.close()
+
+
+async def test_reload_works_for_untied_embeddings(fleet: Fleet) -> None:
+    engine = fleet.engine("bpe", weight_sync="reload")
+    with torch.no_grad():
+        engine._model.get_output_embeddings().weight.mul_(1.3)
+    await engine.sync(None, 1)
+    assert engine.largest_gap <= 1e-4
+    await engine.close()
+
+
+async def test_eight_trajectories_survive_updates_in_flight(fleet: Fleet) -> None:
+    engine, tok = fleet.engine("tags", context=LONG), tokenizer_of("tags")
+
+    async def one(i: int) -> Any:
+        session = await engine.open(encode(tok, PROMPT), seed=i)
+        return await session.generate(Sampling(200, temperature=1.0, min_tokens=200))
+
+    running = [asyncio.create_task(one(i)) for i in range(8)]
+    for version in (1, 2):
+        seen = engine.stats()["ticks"]
+        while engine.stats()["ticks"] < seen + 40:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        await engine.sync(None, version)
+    said = await asyncio.gather(*running)
+    assert all(len(c.ids) == 200 and c.finish == "length" for c in said)
+    assert [v for _, v in said[0].versions] == [0, 1, 2]
+    await engine.close()
+
+
+async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest_weights(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    own = await asyncio.to_thread(start, "tags", tmp_path / "model")
+    try:
+        await asyncio.to_thread(answers, own)
+        engine = fleet.engine("tags", context=LONG, urls=(own.url,), local={own.url: own})
+        tok = tokenizer_of("tags")
+        sessions = [await engine.open(encode(tok, PROMPT), seed=i) for i in range(4)]
+        assert sorted(s.url for s in sessions) == sorted([own.url, fleet.servers["tags"].url] * 2)  # least loaded
+        lost = next(s for s in sessions if s.url == own.url)
+        turn = asyncio.create_task(lost.generate(Sampling(480, temperature=1.0, min_tokens=480)))
+        while not engine.stats()["ticks"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        assert own._process is not None
+        os.killpg(own._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError):
+            await turn
+        await lost.close()
+        again = await engine.open(lost.ids, seed=0)
+        assert again.url == fleet.servers["tags"].url
+        assert tok.decode((await again.generate(Sampling(64, temperature=0, stop=(STOP,)))).ids) == TURN.rstrip("\n")
+        with torch.no_grad():
+            engine._model.lm_head.weight.mul_(1.05)
+        await engine.sync(None, 1)
+        end = time.monotonic() + 300
+        while any(not r.good for r in engine._replicas) and time.monotonic() < end:  # noqa: ASYNC110
+            await asyncio.sleep(0.5)
+        assert all(r.good and r.tag == engine._tag for r in engine._replicas)
+        # the lifeline: a server whose starter is gone ends itself
+        process = own._process
+        assert process is not None and process.stdin is not None
+        process.stdin.close()
+        assert await asyncio.to_thread(process.wait, 30) != 0
+        await engine.close()
+    finally:
+        await asyncio.to_thread(own.remove)
+
+
+async def test_a_recipe_trains_with_a_server_of_its_own(tmp_path: Path) -> None:
+    if python() is None:
+        pytest.skip("no interpreter with vLLM: `make test-vllm` makes one, or set RETOOL_VLLM_PYTHON")
+    overrides = ["engine.kind=vllm", "deterministic=false", "steps=2", f"out={tmp_path / 'run'}"]
+    overrides += ["model.tiny.hidden=64", "model.tiny.heads=2", "learner.threads=1", f"engine.python={python()}"]
+    recipe = load_recipe("recipes/tiny.yaml", overrides)
+    result = await train(recipe)
+    assert len(result.metrics) == 2
+    for step, m in enumerate(result.metrics):
+        assert m["version"] >= step and m["count/trajectories"] == 16 * (step + 1)
+        assert m.get("count/infra_failures", 0) == 0 and m.get("count/stale_turns", 0) == 0
