@@ -32,10 +32,10 @@ RUN /opt/retool/bin/python -m pip install -q $PIP_ARGS --force-reinstall --no-de
 FROM ${BASE}
 COPY --from=build /opt/retool /opt/retool
 ENV PATH=/opt/retool/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false \
-    HOME=/work USER=retool HF_HOME=/work/models MPLCONFIGDIR=/tmp/matplotlib
-RUN mkdir -p /work/runs /work/models /work/reports && chown -R 1000:1000 /work
-COPY recipes/ /work/recipes/
+    HOME=/srv/retool USER=retool HF_HOME=/srv/retool/models MPLCONFIGDIR=/tmp/matplotlib
+RUN mkdir -p /srv/retool/runs /srv/retool/models /srv/retool/reports && chown -R 1000:1000 /srv/retool
+COPY recipes/ /srv/retool/recipes/
 USER 1000:1000
-WORKDIR /work
+WORKDIR /srv/retool
 ENTRYPOINT ["sh", "/opt/retool/bin/trainer-entrypoint.sh"]
 CMD ["--help"]
