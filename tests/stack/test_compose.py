@@ -130,7 +130,7 @@ class TestRunning:
         assert len(boxes) == 2
 
         def steps() -> list[dict[str, float]]:
-            docker("cp", f"{trainer}:/work/runs/stack/learner.jsonl", str(tmp_path / "ledger"), check=False)
+            docker("cp", f"{trainer}:/srv/retool/runs/stack/learner.jsonl", str(tmp_path / "ledger"), check=False)
             if not (tmp_path / "ledger").exists():
                 return []
             rows = [json.loads(line) for line in (tmp_path / "ledger").read_text().splitlines()]
@@ -147,7 +147,7 @@ class TestRunning:
         assert len(metrics) == STEPS
         assert metrics[-1]["count/trajectories"] == 16 * STEPS  # none was lost with the sandbox
         assert not metrics[-1].get("count/status_aborted") and not metrics[-1].get("count/lost_members")
-        docker("cp", f"{trainer}:/work/runs/stack/model/config.json", str(tmp_path))
+        docker("cp", f"{trainer}:/srv/retool/runs/stack/model/config.json", str(tmp_path))
 
     def test_the_page_is_served_and_the_run_is_not(self, stack: Stack) -> None:
         stack("up", "-d", "--no-build", "--no-deps", "viewer")
