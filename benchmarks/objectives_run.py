@@ -109,7 +109,9 @@ def start_model() -> Path:
 def make_start(threads: int) -> dict[str, Any]:
     """Cold-start traces and SFT, once; what it can do before any RL."""
     out, figures = RUNS / "start", RUNS / "start" / "figures.json"
-    recipe = load_recipe(RECIPE, [f"out={out}", f"learner.threads={threads}", f"eval.problems.count={HELD_OUT}"])
+    # Four heads, as when the committed figures were measured.
+    keys = [f"out={out}", "model.tiny.heads=4", f"learner.threads={threads}", f"eval.problems.count={HELD_OUT}"]
+    recipe = load_recipe(RECIPE, keys)
     if not figures.exists():
         shutil.rmtree(out, ignore_errors=True)
         generate_data(recipe)
