@@ -107,9 +107,32 @@ def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-@functools.lru_cache(maxsize=4)
 def build(pid: int, deny_fork: bool = False) -> bytes:
     """The filter program for the process `pid` (as it sees itself); `deny_fork` also forbids new processes."""
+    program, places = _template(deny_fork)
+    program = bytearray(program)
+    for offset, sign in places:
+        _NUMBER.pack_into(program, offset, sign * pid & 0xFFFFFFFF)
+    return bytes(program)
+
+
+_NUMBER = struct.Struct("=I")
+_SOMEBODY = 0x7ABCDEF1  # no process has this id, and no other number of the program is equal to it
+
+
+@functools.lru_cache(maxsize=2)
+def _template(deny_fork: bool) -> tuple[bytes | bytearray, list[tuple[int, int]]]:
+    """The program for `_SOMEBODY`, and where that number stands in it (1) or its negative (-1)."""
+    program = _compile(_SOMEBODY, deny_fork)
+    places = []
+    for sign in (1, -1):
+        for offset in range(4, len(program), 8):
+            if _NUMBER.unpack_from(program, offset)[0] == sign * _SOMEBODY & 0xFFFFFFFF:
+                places.append((offset, sign))
+    return program, places
+
+
+def _compile(pid: int, deny_fork: bool) -> bytes:
     program: Rule = [(_LD, 0, 0, 4), (_JEQ, 1, 0, _AUDIT_ARCH[MACHINE]), (_RET, 0, 0, _KILL), (_LD, 0, 0, 0)]
     if MACHINE == "x86_64":
         program += [(_JGE, 0, 1, 0x40000000), (_RET, 0, 0, _KILL)]  # x32

@@ -65,13 +65,20 @@ def _enter_process_namespace(sockets: tuple[socket.socket, ...]) -> int:
 
 def _children() -> list[int]:
     """Processes whose parent we are, zombies included."""
-    return [int(pid) for pid in Path("/proc/thread-self/children").read_text().split()]
+    fd = os.open("/proc/thread-self/children", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        text = b""
+        while chunk := os.read(fd, 1 << 16):
+            text += chunk
+        return [int(pid) for pid in text.split()]
+    finally:
+        os.close(fd)
 
 
 def _owner(pid: int) -> int:
     """Effective user id of a process, zombie or not; -1 when it is gone."""
     try:
-        return Path("/proc", str(pid)).stat().st_uid
+        return os.stat(f"/proc/{pid}").st_uid  # noqa: PTH116
     except OSError:
         return -1
 
@@ -159,7 +166,7 @@ class Warden:
             if not self.tier.own_uid:
                 for pid in orphans:
                     os.kill(pid, signal.SIGKILL)
-            select.poll().poll(min(attempt, 20))
+            _wait_for(orphans[0], min(1 + attempt, 20))
         return False
 
     def _end(self) -> None:
@@ -181,6 +188,20 @@ class Warden:
         for entry in Path(self.work_root).iterdir():
             if entry.name.isdigit():
                 folders.remove(str(entry), entry.lstat().st_uid if self.tier.own_uid else 0)
+
+
+def _wait_for(pid: int, patience_ms: int) -> None:
+    """Until that child of ours has ended; what it held in memory may take the kernel some milliseconds."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        poller = select.poll()
+        poller.register(fd, select.POLLIN)
+        poller.poll(patience_ms)
+    finally:
+        os.close(fd)
 
 
 def _kill_as(uid: int) -> None:

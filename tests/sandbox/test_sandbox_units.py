@@ -215,6 +215,12 @@ def test_filter_fits_the_kernel(deny_fork: bool) -> None:
     assert len(seccomp.build(2, deny_fork)) // 8 < 4096
 
 
+@pytest.mark.parametrize("deny_fork", [False, True])
+@pytest.mark.parametrize("pid", [1, 2, 0x10001, 4_194_303])
+def test_a_filter_made_from_the_template_is_the_one_compiled_for_that_process(pid: int, deny_fork: bool) -> None:
+    assert seccomp.build(pid, deny_fork) == seccomp._compile(pid, deny_fork)
+
+
 def test_the_package_needs_nothing_of_ours_and_no_torch() -> None:
     code = "import sandbox.local, sandbox.tools, sys; print([m for m in sys.modules if m.split('.')[0] in ('retool', 'data_gen', 'torch', 'numpy')])"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
