@@ -109,8 +109,8 @@ def start_model() -> Path:
 def make_start(threads: int) -> dict[str, Any]:
     """Cold-start traces and SFT, once; what it can do before any RL."""
     out, figures = RUNS / "start", RUNS / "start" / "figures.json"
-    # Four heads, as when the committed figures were measured.
-    keys = [f"out={out}", "model.tiny.heads=4", f"learner.threads={threads}", f"eval.problems.count={HELD_OUT}"]
+    # Heads as they were when the committed figures were measured.
+    keys = [f"out={out}", "model.tiny.head_dim=24", f"learner.threads={threads}", f"eval.problems.count={HELD_OUT}"]
     recipe = load_recipe(RECIPE, keys)
     if not figures.exists():
         shutil.rmtree(out, ignore_errors=True)

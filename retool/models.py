@@ -64,6 +64,7 @@ def tiny_model(config: TinyModelConfig, vocab_size: int, seed: int, eos: int, pa
                 num_hidden_layers=config.layers,
                 num_attention_heads=config.heads,
                 num_key_value_heads=config.heads,
+                head_dim=config.head_dim,
                 max_position_embeddings=config.context,
                 tie_word_embeddings=True,
                 initializer_range=config.init_std,

@@ -19,7 +19,9 @@ class TinyModelConfig(Section):
     layers: int = Field(3, ge=1)
     """Number of decoder layers."""
     heads: int = Field(4, ge=1)
-    """Attention heads; must divide `hidden`."""
+    """Attention heads."""
+    head_dim: int | None = Field(None, ge=2)
+    """Numbers in a head; default: `hidden` / `heads`, which must then be whole. On CPU vLLM knows 32, 64, 80, ..."""
     intermediate: int = Field(256, ge=8)
     """Width of the feed-forward layer."""
     context: int = Field(256, ge=16)
@@ -29,8 +31,10 @@ class TinyModelConfig(Section):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> TinyModelConfig:
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
+        if self.head_dim is None and self.hidden % self.heads:
+            raise ValueError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads}), or set head_dim")
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"head_dim ({self.head_dim}) must be even: positions rotate pairs")
         return self
 
 
