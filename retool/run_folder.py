@@ -5,6 +5,7 @@ out/rollouts/             the rollout log (who said what, what was rewarded)
 out/learner.jsonl         what was trained on, step by step, and the metrics
 out/checkpoints/00000010  learner state after 10 steps; `latest` is the highest complete one
 out/model/                the trained policy as a transformers folder
+out/adapter/              with `model.lora`: its adapters alone (they are merged into out/model)
 out/pretrain/, out/critic/  the value pretraining (see retool/pretrain.py) and the critic it made
 """
 
@@ -57,6 +58,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
 
     def checkpoint(self, steps_done: int) -> Path:
         return self.path / "checkpoints" / f"{steps_done:08d}"

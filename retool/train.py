@@ -106,6 +106,8 @@ async def train(
                 if on_step is not None:
                     on_step(step, metrics)
     learner.save_model(folder.model)
+    if recipe.model.lora is not None:
+        learner.save_adapter(folder.adapter)
     return result
 
 

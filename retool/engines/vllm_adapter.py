@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from retool.engines.base import EngineError, Sampling
 OLDEST = (0, 32)
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MODEL = "policy"  # the name under which a server serves it
+How = Literal["file", "reload", "adapter"]
 _COLDEST = 0.01  # vLLM silently raises lower temperatures to this
 _FLOOR = -9998.0  # vLLM writes -9999 for minus infinity
 
@@ -52,16 +53,18 @@ def request_body(
     tail: Sequence[int] = (),
     sampled: int = 0,
     salt: str | None = None,
+    adapter: bool = False,
 ) -> dict[str, Any]:
     """What asks for the rest of a turn. `tail`: ids of this turn's text so far, `sampled`: how many of them count
-    against `min_tokens`. Raises `ServerRefused` for what vLLM cannot do."""
+    against `min_tokens`. `salt`: tag of the weights; `adapter`: they are an adapter on the server's model. Raises
+    `ServerRefused` for what vLLM cannot do."""
     if 0 < sampling.temperature < _COLDEST:
         raise ServerRefused(f"vLLM samples no colder than {_COLDEST}: temperature {sampling.temperature:g}; use 0")
     if sampling.probe is not None:
         raise ServerRefused("vLLM cannot choose temperatures by position: leave out eval.fork_temperature")
     greedy = sampling.temperature == 0
     body: dict[str, Any] = {
-        "model": MODEL,
+        "model": adapter_name(salt) if adapter and salt is not None else MODEL,
         "prompt": list(ids),
         "max_tokens": budget,
         "temperature": sampling.temperature,
@@ -93,6 +96,11 @@ def request_body(
             "retool_tail": json.dumps(list(tail)[-64:]),
         }
     return body
+
+
+def adapter_name(tag: str) -> str:
+    """Under which a server serves the adapter of that version."""
+    return f"{MODEL}-{tag}"
 
 
 def parse_event(line: str) -> Chunk | None:
@@ -194,7 +202,7 @@ class Server:
             if chunk is not None:
                 yield chunk
 
-    async def load(self, folder: str, tag: str, how: Literal["file", "reload"]) -> None:
+    async def load(self, folder: str, tag: str, how: How) -> None:
         """Take the weights in `folder`, drop every cached key and value, and call the weights `tag`."""
         await self._post("/pause", params={"mode": "keep"})
         try:
@@ -203,6 +211,8 @@ class Server:
                 await self._post("/start_weight_update")
                 await self._post("/update_weights", json={"update_info": {"folder": folder}})
                 await self._post("/finish_weight_update", json={"weight_version": tag})
+            elif how == "adapter":
+                await self._load_adapter(folder, tag)
             else:
                 kwargs = {"weights_path": folder}
                 await self._post("/collective_rpc", json={"method": "reload_weights", "kwargs": kwargs})
@@ -212,6 +222,22 @@ class Server:
                 raise ServerLost(f"{self.url} could not drop its cache of older weights")
         finally:
             await self._post("/resume")
+
+    async def _load_adapter(self, folder: str, tag: str) -> None:
+        """Every version is an adapter of its own: vLLM would read one that is replaced in place at every step."""
+        before = await self.weight_version()
+        try:
+            await self._post("/v1/load_lora_adapter", json={"lora_name": adapter_name(tag), "lora_path": folder})
+        except (ServerRefused, ServerLost) as error:
+            if isinstance(error.__cause__, httpx.HTTPError):
+                raise  # it does not answer at all
+            raise ServerRefused(
+                f"{self.url} does not take the adapter in {folder}: it must see that folder and be started with "
+                f"--enable-lora and --max-lora-rank, or set engine.weight_sync=file ({error})"
+            ) from None
+        await self._post("/update_weight_version", json={"new_version": tag})
+        with suppress(ServerRefused):  # a server that was started anew has none
+            await self._post("/v1/unload_lora_adapter", json={"lora_name": adapter_name(before)})
 
     async def close(self) -> None:
         await self._client.aclose()

@@ -82,6 +82,7 @@ def environment(plugin: Path, *, cpu: bool) -> dict[str, str]:
     made = {**os.environ, "PYTHONPATH": str(plugin), "VLLM_SERVER_DEV_MODE": "1"}
     made.setdefault("VLLM_NO_USAGE_STATS", "1")
     made.setdefault("DO_NOT_TRACK", "1")
+    made.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # adapters, where --enable-lora makes room for them
     made.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second one wants another kind of logits processor
     if cpu:
         made.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB

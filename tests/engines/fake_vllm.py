@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from retool.engines.sampler import draw, processed_logprobs, uniforms
+from retool.lora import adapters
 
 
 class FakeVllm(httpx.AsyncBaseTransport):
-    """`down`: nobody answers. `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash."""
+    """`down`: nobody answers. `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash. A model with
+    adapters stands for a server started with --enable-lora; it serves the adapters in `served`."""
 
     def __init__(self, model: Any, slow: float = 0.0, version: str = "0.32.0", dev: bool = True) -> None:
         self.model, self.slow, self.version, self.dev = model, slow, version, dev
@@ -27,11 +29,13 @@ class FakeVllm(httpx.AsyncBaseTransport):
         self.paused = False
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.served: list[str] = []
         self.left_open = 0
 
     def restart(self) -> None:
         self.model.load_state_dict(self.first)
         self.tag = "default"
+        self.served = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if self.down:
@@ -44,7 +48,11 @@ class FakeVllm(httpx.AsyncBaseTransport):
         if path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "policy", "max_model_len": 512}]})
         if path == "/v1/completions":
+            if body["model"] not in ("policy", *self.served):
+                return httpx.Response(404, json={"error": {"message": f"The model {body['model']} does not exist."}})
             return self._complete(body)
+        if path.endswith("_lora_adapter"):
+            return self._adapter(path, body)
         if not self.dev:
             return httpx.Response(404, json={"detail": "Not Found"})
         if path == "/weight_info":
@@ -53,8 +61,27 @@ class FakeVllm(httpx.AsyncBaseTransport):
             self._load(Path(body["update_info"]["folder"]))
         if path == "/finish_weight_update":
             self.tag = body["weight_version"]
+        if path == "/update_weight_version":
+            self.tag = body["new_version"]
         self.paused = path == "/pause" or (self.paused and path != "/resume")
         return httpx.Response(200, json={"success": True})
+
+    def _adapter(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        layers, name = adapters(self.model), body["lora_name"]
+        if not layers:
+            return httpx.Response(500, json={"error": {"message": "LoRA is not enabled."}})
+        if path == "/v1/unload_lora_adapter":
+            if name not in self.served:
+                return httpx.Response(404, json={"error": {"message": f"The lora adapter '{name}' cannot be found."}})
+            self.served.remove(name)
+            return httpx.Response(200, text="Success")
+        found = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+        with torch.no_grad():
+            for layer in layers:
+                for part in ("lora_A", "lora_B"):
+                    getattr(layers[layer], part).copy_(found[f"base_model.model.{layer}.{part}.weight"])
+        self.served.append(name)
+        return httpx.Response(200, text="Success")
 
     def _load(self, folder: Path) -> None:
         for file in folder.glob("*.safetensors"):

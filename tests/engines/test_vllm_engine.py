@@ -16,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from retool.config import LoraConfig
 from retool.engines.base import EngineError, Sampling
 from retool.engines.transformers_engine import TransformersEngine
 from retool.engines.vllm_adapter import Server
 from retool.engines.vllm_engine import ProbeMismatch, VllmEngine
+from retool.engines.vllm_weights import lora_arguments
+from retool.lora import adapters, add_adapters
 from retool.recipe import load_recipe
 from retool.train import train
 from tests.engines.contract import WeightsContract
@@ -205,7 +208,7 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
         end = time.monotonic() + 300
         while any(not r.good for r in engine._replicas) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.5)
-        assert all(r.good and r.tag == engine._tag for r in engine._replicas)
+        assert all(r.good and r.tag == engine._files.tag for r in engine._replicas)
         # the lifeline: a server whose starter is gone ends itself
         process = own._process
         assert process is not None and process.stdin is not None
@@ -214,6 +217,58 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
         await engine.close()
     finally:
         await asyncio.to_thread(own.remove)
+
+
+async def test_adapters_go_over_alone_and_say_what_the_learner_says(tmp_path: Path) -> None:
+    """Over three versions: greedy ids and log-probs of the served adapter are those of the embedded engine, the cache
+    is forgotten, and a running turn goes on under the new adapter."""
+    model, tok = model_of("tags"), tokenizer_of("tags")
+    add_adapters(model, LoraConfig(rank=4), seed=0)
+    own = await asyncio.to_thread(start, "tags", tmp_path / "model", lora_arguments(4))
+    try:
+        await asyncio.to_thread(answers, own)
+        options: dict[str, Any] = {"context": LONG, "local": {own.url: own}, "weight_sync": "adapter"}
+        engine = VllmEngine(model, tok, [Server(own.url)], **options)
+        ours = TransformersEngine(model, tok, slots=4, context=LONG)
+        for version in range(3):
+            await engine.sync(None, version)
+            await ours.sync(None, version)
+            assert engine.largest_gap <= 1e-4
+            said = []
+            for each in (engine, ours):
+                session = await each.open(encode(tok, PROMPT * 5), seed=1)
+                for _ in range(2):
+                    said.append(await session.generate(Sampling(40, temperature=0, min_tokens=20)))
+                    await session.append(encode(tok, RESULT))
+            for a, b in ((said[0], said[2]), (said[1], said[3])):
+                assert a.ids == b.ids and a.versions == b.versions == ((0, version),)
+                assert max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)) <= 1e-4
+            with torch.no_grad():
+                for layer in adapters(model).values():
+                    layer.lora_B.add_(0.1 * torch.randn_like(layer.lora_B))
+        assert len({c.ids for c in (said[0], said[1])}) == 2
+        running = asyncio.create_task(session_turn(engine, encode(tok, PROMPT)))
+        seen = engine.stats()["ticks"]
+        while engine.stats()["ticks"] < seen + 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await engine.sync(None, 9)
+        assert [v for _, v in (await running).versions] == [2, 9]
+        assert own._process is not None  # a server that was lost starts from the base and gets the newest adapter
+        os.killpg(own._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError):
+            await session_turn(engine, encode(tok, PROMPT))
+        assert (await session_turn(engine, encode(tok, PROMPT), 5)).versions == ((0, 9),)
+        assert engine.largest_gap <= 1e-4
+        await ours.close()
+        await engine.close()
+    finally:
+        await asyncio.to_thread(own.remove)
+
+
+async def session_turn(engine: VllmEngine, prompt: list[int], tokens: int = 400) -> Any:
+    """One turn of a new trajectory."""
+    session = await engine.open(prompt, seed=1)
+    return await session.generate(Sampling(tokens, min_tokens=tokens))
 
 
 async def test_a_recipe_trains_with_a_server_of_its_own(tmp_path: Path) -> None:

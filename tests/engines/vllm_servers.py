@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -40,14 +41,14 @@ def model_of(kind: str) -> Any:
     return speaker(kind, head_dim=32, tied=TIED[kind], context=LONG, seed=SEED[kind])
 
 
-def start(kind: str, folder: Path) -> LocalServer:
-    """A server that will answer soon."""
+def start(kind: str, folder: Path, more: Sequence[str] = ()) -> LocalServer:
+    """A server that will answer soon. `more`: further arguments for vLLM."""
     found = python()
     if found is None:
         pytest.skip("no interpreter with vLLM: `make test-vllm` makes one, or set RETOOL_VLLM_PYTHON")
     model_of(kind).save_pretrained(folder)
     tokenizer_of(kind).save_pretrained(folder)
-    server = LocalServer.new(found, str(folder), context=LONG, slots=16, cpu=True)
+    server = LocalServer.new(found, str(folder), context=LONG, slots=16, cpu=True, more=more)
     server.start()
     return server
 
