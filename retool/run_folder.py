@@ -34,7 +34,7 @@ class RunFolder:
     def __init__(self, recipe: Recipe, *, resume: bool) -> None:
         self.path = Path(recipe.out)
         saved = self.path / RECIPE
-        if saved.exists() and not resume:
+        if saved.exists() and not resume and self._begun():
             raise UserError(
                 f"{str(self.path)!r} already holds a run; add --resume to go on with it, "
                 "or choose another folder with out=FOLDER"
@@ -46,6 +46,13 @@ class RunFolder:
         writable_folder(self.path)
         write_text(saved, dump_recipe(recipe))
         (self.path / "checkpoints").mkdir(exist_ok=True)
+
+    def _begun(self) -> bool:
+        """Whether the run that lies here sampled or learnt anything; one that could not open its engine did not."""
+        shards, checkpoints = self.rollouts / "shards", self.path / "checkpoints"
+        return any(folder.is_dir() and any(folder.iterdir()) for folder in (shards, checkpoints)) or any(
+            file.exists() and file.stat().st_size > 0 for file in (self.ledger, self.path / "metrics.jsonl")
+        )
 
     @property
     def rollouts(self) -> Path:

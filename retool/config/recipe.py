@@ -451,7 +451,10 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _lockstep_is_embedded(self) -> Recipe:
         if self.deterministic and self.engine.kind != "transformers":
-            raise ValueError("deterministic: true needs engine.kind transformers: no server promises equal bits")
+            raise ValueError(
+                "deterministic: true needs engine.kind transformers, because no server promises equal bits: add "
+                "deterministic=false"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import httpx
 
 from retool.engines.base import EngineError, Sampling
+from retool.errors import UserError
 
 OLDEST = (0, 32)
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -24,14 +25,18 @@ _COLDEST = 0.01  # vLLM silently raises lower temperatures to this
 _FLOOR = -9998.0  # vLLM writes -9999 for minus infinity
 
 
-class ServerRefused(EngineError):
-    """The server understood and said no: the same request would fail again."""
+class ServerRefused(EngineError, UserError):
+    """The server understood and said no: the same request would fail again, until somebody mends what it says."""
 
     retryable = False
 
 
 class ServerLost(EngineError):
     """The server does not answer, or not as it should; it has to be looked at before it is used again."""
+
+
+class ServerFailed(ServerLost):
+    """It answered that it could not do what it was asked."""
 
 
 @dataclass(frozen=True)
@@ -220,17 +225,18 @@ class Server:
             dropped = await self._post("/reset_prefix_cache", params={"reset_running_requests": "true"})
             if not dropped.json().get("success"):
                 raise ServerLost(f"{self.url} could not drop its cache of older weights")
-        finally:
-            await self._post("/resume")
+        except BaseException:
+            with suppress(EngineError):  # what went wrong first is what has to be told
+                await self._post("/resume")
+            raise
+        await self._post("/resume")
 
     async def _load_adapter(self, folder: str, tag: str) -> None:
         """Every version is an adapter of its own: vLLM would read one that is replaced in place at every step."""
         before = await self.weight_version()
         try:
             await self._post("/v1/load_lora_adapter", json={"lora_name": adapter_name(tag), "lora_path": folder})
-        except (ServerRefused, ServerLost) as error:
-            if isinstance(error.__cause__, httpx.HTTPError):
-                raise  # it does not answer at all
+        except (ServerRefused, ServerFailed) as error:
             raise ServerRefused(
                 f"{self.url} does not take the adapter in {folder}: it must see that folder and be started with "
                 f"--enable-lora and --max-lora-rank, or set engine.weight_sync=file ({error})"
@@ -250,7 +256,12 @@ class Server:
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
-            response = await self._client.request(method, path, **content)
+            try:
+                response = await self._client.request(method, path, **content)
+            except httpx.RemoteProtocolError:  # the server closed an idle connection; a resume may come twice
+                if method != "GET" and path != "/resume":
+                    raise
+                response = await self._client.request(method, path, **content)
         except httpx.HTTPError as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if response.status_code == 404:
@@ -270,4 +281,4 @@ class Server:
         except ValueError:
             said = response.text
         text = f"{self.url}{response.request.url.path} answered {response.status_code}: {str(said)[:500]}"
-        raise (ServerRefused if 400 <= response.status_code < 500 else ServerLost)(text)
+        raise (ServerRefused if 400 <= response.status_code < 500 else ServerFailed)(text)

@@ -31,7 +31,7 @@ from retool.engines.base import (
 from retool.engines.sampler import mix_seed
 from retool.engines.text import Pieces, Tail
 from retool.engines.transformers_engine import _eos_ids
-from retool.engines.vllm_adapter import How, Server, ServerLost, ServerRefused, request_body
+from retool.engines.vllm_adapter import How, Server, ServerFailed, ServerLost, ServerRefused, request_body
 from retool.engines.vllm_server import LocalServer
 from retool.engines.vllm_turn import Replica, Thread, Turn, new_thread
 from retool.engines.vllm_weights import WeightFiles, drop
@@ -381,6 +381,11 @@ class VllmEngine:
                 "start it with a larger --max-model-len or lower engine.context"
             )
         await self._install(replica)
+        if isinstance(replica.lost, ServerFailed):
+            raise ServerRefused(
+                f"{replica.server.url} did not take this run's weights; was it started with the same model, by "
+                f"`python -m retool.engines.vllm_server`? ({replica.why})"
+            )
 
     async def _install(self, replica: Replica) -> None:
         """The newest weights on one server, and the proof; a server that is lost meanwhile is only marked."""

@@ -18,14 +18,14 @@ from retool.lora import adapters
 
 
 class FakeVllm(httpx.AsyncBaseTransport):
-    """`down`: nobody answers. `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash. A model with
+    """`down`: nobody answers. `broken`: says so when it is to load weights, and closes the connection, as vLLM does. `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash. A model with
     adapters stands for a server started with --enable-lora; it serves the adapters in `served`."""
 
     def __init__(self, model: Any, slow: float = 0.0, version: str = "0.32.0", dev: bool = True) -> None:
         self.model, self.slow, self.version, self.dev = model, slow, version, dev
         self.first = {k: v.clone() for k, v in model.state_dict().items()}
         self.tag = "default"
-        self.down = self.deaf = False
+        self.down = self.deaf = self.broken = self.closed = False
         self.paused = False
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -40,6 +40,9 @@ class FakeVllm(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if self.down:
             raise httpx.ConnectError("All connection attempts failed", request=request)
+        if self.closed:
+            self.closed = False
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.", request=request)
         path = request.url.path
         body = json.loads(await request.aread() or b"{}")
         self.calls.append(path)
@@ -57,6 +60,9 @@ class FakeVllm(httpx.AsyncBaseTransport):
             return httpx.Response(404, json={"detail": "Not Found"})
         if path == "/weight_info":
             return httpx.Response(200, json={"weight_version": self.tag})
+        if path == "/update_weights" and self.broken:
+            self.closed = True
+            return httpx.Response(500, json={"error": {"message": "Worker failed with error ''"}})
         if path == "/update_weights" and not self.deaf:
             self._load(Path(body["update_info"]["folder"]))
         if path == "/finish_weight_update":

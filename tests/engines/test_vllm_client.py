@@ -227,6 +227,15 @@ async def test_a_server_that_keeps_old_weights_stops_the_run() -> None:
     await engine.close()
 
 
+async def test_a_server_that_cannot_load_the_first_weights_has_another_model() -> None:
+    engine, (server,) = fakes("tags")
+    server.broken = True
+    with pytest.raises(UserError, match=r"did not take this run's weights.*same model.*answered 500: Worker failed"):
+        await engine.sync(None, 0)
+    assert not server.paused
+    await engine.close()
+
+
 def held(engine: VllmEngine) -> list[Path]:
     """What lies in the shared folder."""
     return list(engine._files._share.glob("*"))
