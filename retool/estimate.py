@@ -48,9 +48,9 @@ class Shape:
 @dataclass(frozen=True)
 class Estimate:
     """`memory`: bytes by what holds them, of the learner's process with its embedded engine; `server`: of each vLLM
-    server, which has its own. `cache_token`: bytes of one token's keys and values. `rollout_tokens`: most that
-    a step can sample. `trained_tokens`: most that it can learn from, prompts included. `pace`: what was measured, or
-    None. `seconds`: of a step, by part; empty without a measurement."""
+    server, which has its own. `cache_token`: bytes of one token's keys and values. `learning`: parameters that are
+    trained. `rollout_tokens`: most that a step can sample. `trained_tokens`: most that it can learn from, prompts
+    included. `pace`: what was measured, or None. `seconds`: of a step, by part; empty without a measurement."""
 
     parameters: int
     memory: dict[str, int]
@@ -62,6 +62,7 @@ class Estimate:
     seconds: dict[str, float]
     server: dict[str, int]
     cache_token: int
+    learning: int
 
     @property
     def total(self) -> int:
@@ -187,7 +188,10 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     seconds = _seconds(recipe, objective, shape, pace, trained) if pace is not None else {}
     tokens = trajectories * r.max_tokens
     each = cache_bytes(shape, 1, 64, element) // 64
-    return Estimate(parameters(model), memory, trajectories, tokens, trained, prompt, pace, seconds, server, each)
+    taught = sum(p.numel() for p in learning(model))
+    return Estimate(
+        parameters(model), memory, trajectories, tokens, trained, prompt, pace, seconds, server, each, taught
+    )
 
 
 def _states(model: Any, objective: Objective) -> dict[str, int]:
@@ -253,7 +257,9 @@ def report(recipe: Recipe, found: Estimate) -> list[str]:
     r = recipe.rollout
     lines = [
         "estimate, made without loading the model: states are counted, activations and time are rough",
-        f"  policy    {found.parameters:,} parameters, {recipe.model.dtype}, {device}",
+        f"  policy    {found.parameters:,} parameters"
+        + (f" ({found.learning:,} of them learn)" if found.learning < found.parameters else "")
+        + f", {recipe.model.dtype}, {device}",
         f"  memory    {size(found.total)}" + (f" of {size(free)} that are free" if free else ""),
         *(f"    {name:<12}{size(n)}" for name, n in found.memory.items()),
     ]

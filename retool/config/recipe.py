@@ -211,6 +211,9 @@ class EngineConfig(Section):
     float32 weights, 0.2 for bfloat16."""
     server_args: tuple[str, ...] = ()
     """More arguments for a vLLM server that is started here, e.g. [--gpu-memory-utilization, "0.4"]."""
+    sleep: bool | None = None
+    """Whether vLLM gives its GPU memory back while the learner works (`--enable-sleep-mode`); default: a server that is
+    started here on a GPU does."""
     start_s: float = Field(600.0, gt=0)
     """Seconds a server may take until it answers."""
     turn_s: float = Field(600.0, gt=0)
@@ -218,7 +221,7 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _kind_fits(self) -> EngineConfig:
-        own = ("urls", "python", "share", "probe_tolerance", "server_args")
+        own = ("urls", "python", "share", "probe_tolerance", "server_args", "sleep")
         given = [k for k in own if getattr(self, k)]
         if self.kind != "vllm" and given:
             raise ValueError(f"engine.{given[0]} needs engine.kind vllm")

@@ -207,9 +207,24 @@ class Server:
             if chunk is not None:
                 yield chunk
 
-    async def load(self, folder: str, tag: str, how: How) -> None:
-        """Take the weights in `folder`, drop every cached key and value, and call the weights `tag`."""
-        await self._post("/pause", params={"mode": "keep"})
+    async def sleep(self, level: int) -> None:
+        """Give its GPU memory back until `load` wakes it. `level`: 1 keeps the weights in main memory, 2 forgets them.
+        Raises `ServerRefused` for a server without sleep mode."""
+        try:
+            await self._post("/sleep", params={"level": str(level)})
+        except ServerFailed as error:
+            raise ServerRefused(
+                f"{self.url} cannot sleep: start it with --enable-sleep-mode, or set engine.sleep=false ({error})"
+            ) from None
+
+    async def load(self, folder: str, tag: str, how: How, asleep: bool = False) -> None:
+        """Take the weights in `folder`, drop every cached key and value, and call the weights `tag`; afterwards it is
+        awake."""
+        if asleep:  # room for the weights first; nothing is scheduled before the cache has its room as well
+            await self._post("/wake_up", params={"tags": "weights"})
+        else:
+            await self._post("/pause", params={"mode": "keep"})
+        resume = ("/wake_up", {"tags": "kv_cache"}) if asleep else ("/resume", {})
         try:
             if how == "file":
                 await self._post("/init_weight_transfer_engine", json={"init_info": {}})
@@ -227,9 +242,9 @@ class Server:
                 raise ServerLost(f"{self.url} could not drop its cache of older weights")
         except BaseException:
             with suppress(EngineError):  # what went wrong first is what has to be told
-                await self._post("/resume")
+                await self._post(resume[0], params=resume[1])
             raise
-        await self._post("/resume")
+        await self._post(resume[0], params=resume[1])
 
     async def _load_adapter(self, folder: str, tag: str) -> None:
         """Every version is an adapter of its own: vLLM would read one that is replaced in place at every step."""

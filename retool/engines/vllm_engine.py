@@ -83,6 +83,7 @@ class VllmEngine:
     `model`: the learner's, or one of one's own; `sync(None, v)` sends its weights as they are then, `sync(weights, v)`
     loads them into it first. `share`: a folder that learner and servers see at the same path. `context`: tokens in one
     trajectory. `local`: the server of `servers` that was started here, by url; it is started again when it dies.
+    `sleep`: between `rest` and `sync` servers leave their GPU's memory to the learner.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class VllmEngine:
         probe_tolerance: float | None = None,
         start_s: float = 600.0,
         local: Mapping[str, LocalServer] | None = None,
+        sleep: bool = False,
     ) -> None:
         if not servers:
             raise ValueError("a vLLM engine needs at least one server")
@@ -109,6 +111,7 @@ class VllmEngine:
         half = next(model.parameters()).dtype != torch.float32
         self._tolerance = probe_tolerance if probe_tolerance is not None else (0.2 if half else 1e-3)
         self._start_s = start_s
+        self._sleep = sleep
         self._version = 0
         self._ready = False
         self._gate = asyncio.Event()
@@ -158,6 +161,24 @@ class VllmEngine:
             raise EngineError("the engine is closed")
         await self._update(weights, version)
 
+    async def rest(self) -> None:
+        """Nothing is to be sampled before the next `sync`; with `sleep`, servers give their GPU memory back until then.
+        Turns that are asked for wait."""
+        if not self._sleep or not self._ready or self._closed:
+            return
+        async with self._lock:
+            self._gate.clear()
+            await self._cut()
+            # with adapters alone the next update brings no base: it has to be kept
+            level = 1 if self._files.how == "adapter" else 2
+            for replica in [r for r in self._replicas if r.good and not r.asleep]:
+                try:
+                    await replica.server.sleep(level)
+                    replica.asleep = True
+                except ServerLost as error:
+                    self._counts["lost"] += 1
+                    replica.lose(error)
+
     async def _update(self, weights: Mapping[str, Any] | None, version: int, first: bool = False) -> None:
         async with self._lock:
             if first and self._ready:
@@ -169,6 +190,8 @@ class VllmEngine:
                     raise EngineError(f"the weights do not fit the engine's model: {error}") from error
             self._model.eval()
             self._gate.clear()
+            if self._sleep and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the learner is done with is what the servers wake up in
             try:
                 await self._cut()
                 old = await asyncio.to_thread(self._files.save, any(r.local is not None for r in self._replicas))
@@ -362,6 +385,7 @@ class VllmEngine:
             for replica in lost:
                 if replica.local is not None and not replica.local.alive:
                     await asyncio.to_thread(replica.local.start, self._files.start)
+                    replica.asleep = False
                 try:
                     await replica.server.check()
                 except ServerLost as error:
@@ -390,7 +414,8 @@ class VllmEngine:
     async def _install(self, replica: Replica) -> None:
         """The newest weights on one server, and the proof; a server that is lost meanwhile is only marked."""
         try:
-            await replica.server.load(str(self._files.folder), self._files.tag, self._files.how)
+            await replica.server.load(str(self._files.folder), self._files.tag, self._files.how, replica.asleep)
+            replica.asleep = False
             replica.tag = self._files.tag
             await self._probe(replica)
         except ServerLost as error:

@@ -47,6 +47,7 @@ async def open_vllm(config: EngineConfig, model: Any, tokenizer: Any) -> VllmEng
         probe_tolerance=config.probe_tolerance,
         start_s=config.start_s,
         local=local,
+        sleep=sleeps(config),
     )
 
 
@@ -81,6 +82,8 @@ async def _start(config: EngineConfig, model: Any, tokenizer: Any, context: int)
     if adapter:
         rank = next(iter(adapters(model).values())).rank
         options["more"] = (*lora_arguments(rank), *config.server_args)
+    if sleeps(config):
+        options["more"] = ("--enable-sleep-mode", *options["more"])
     own = LocalServer.new(python, "", **options)
     start = own.folder / "model"
     server = Server(own.url)
@@ -95,6 +98,16 @@ async def _start(config: EngineConfig, model: Any, tokenizer: Any, context: int)
     finally:
         await server.close()
     return own
+
+
+def sleeps(config: EngineConfig) -> bool:
+    """Whether servers leave their GPU to the learner between rollouts; without being asked only one of this run's own
+    does. Raises `UserError` where there is no GPU."""
+    if config.urls:
+        return bool(config.sleep)
+    if config.sleep and not torch.cuda.is_available():
+        raise UserError("engine.sleep: there is no GPU here that a server could leave; remove the key")
+    return torch.cuda.is_available() if config.sleep is None else config.sleep
 
 
 def how_of(config: EngineConfig, model: Any) -> How:

@@ -30,6 +30,7 @@ class Replica:
     why: str = "it was not asked yet"
     tag: str = ""
     lost: BaseException | None = None
+    asleep: bool = False
     contact: float = 0.0  # monotonic time of its last answer
 
     def lose(self, error: BaseException) -> None:

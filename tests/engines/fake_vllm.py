@@ -18,8 +18,9 @@ from retool.lora import adapters
 
 
 class FakeVllm(httpx.AsyncBaseTransport):
-    """`down`: nobody answers. `broken`: says so when it is to load weights, and closes the connection, as vLLM does. `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash. A model with
-    adapters stands for a server started with --enable-lora; it serves the adapters in `served`."""
+    """`down`: nobody answers. `broken`: says so when it is to load weights, and closes the connection, as vLLM does.
+    `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash. A model with adapters is a server
+    started with --enable-lora: it serves the adapters in `served`."""
 
     def __init__(self, model: Any, slow: float = 0.0, version: str = "0.32.0", dev: bool = True) -> None:
         self.model, self.slow, self.version, self.dev = model, slow, version, dev
@@ -30,6 +31,7 @@ class FakeVllm(httpx.AsyncBaseTransport):
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.served: list[str] = []
+        self.sleeping: str | None = None
         self.left_open = 0
 
     def restart(self) -> None:
@@ -45,7 +47,8 @@ class FakeVllm(httpx.AsyncBaseTransport):
             raise httpx.RemoteProtocolError("Server disconnected without sending a response.", request=request)
         path = request.url.path
         body = json.loads(await request.aread() or b"{}")
-        self.calls.append(path)
+        tags = request.url.params.get("tags")
+        self.calls.append(path if tags is None else f"{path}?{tags}")
         if path == "/version":
             return httpx.Response(200, json={"version": self.version})
         if path == "/v1/models":
@@ -58,6 +61,11 @@ class FakeVllm(httpx.AsyncBaseTransport):
             return self._adapter(path, body)
         if not self.dev:
             return httpx.Response(404, json={"detail": "Not Found"})
+        if path == "/sleep":
+            self.sleeping = request.url.params["level"]
+            self.paused = True
+        if path == "/wake_up" and tags == "kv_cache":
+            self.sleeping, self.paused = None, False
         if path == "/weight_info":
             return httpx.Response(200, json={"weight_version": self.tag})
         if path == "/update_weights" and self.broken:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from retool.config import LoraConfig
+from retool.config import EngineConfig, LoraConfig
 from retool.engines.base import EngineError, ForkProbe, Sampling
 from retool.engines.text import Pieces
 from retool.engines.vllm_adapter import Chunk, Server, ServerLost, ServerRefused, parse_event, request_body
 from retool.engines.vllm_engine import ProbeMismatch, VllmEngine
-from retool.engines.vllm_open import check_heads
+from retool.engines.vllm_open import check_heads, sleeps
 from retool.engines.vllm_server import arguments, find_python, write_plugin
 from retool.engines.vllm_turn import Replica, Turn, new_thread
 from retool.errors import UserError
@@ -225,6 +225,54 @@ async def test_a_server_that_keeps_old_weights_stops_the_run() -> None:
     with pytest.raises(ProbeMismatch, match=r"version 1.*probe_tolerance"):
         await engine.sync(None, 1)
     await engine.close()
+
+
+@pytest.mark.parametrize("how", ["file", "adapter"])
+async def test_a_server_sleeps_while_the_learner_works_and_wakes_for_new_weights(how: Any) -> None:
+    server = FakeVllm(adapted() if how == "adapter" else speaker("tags"))
+    model = adapted() if how == "adapter" else speaker("tags")
+    servers = [Server("http://vllm", transport=server)]
+    engine = VllmEngine(model, TOK, servers, context=128, weight_sync=how, sleep=True)
+    session = await engine.open(encode(TOK, PROMPT), seed=0)
+    await session.generate(Sampling(3))
+    server.calls.clear()
+    await engine.rest()
+    await engine.rest()
+    assert server.calls == ["/sleep"] and server.sleeping == ("1" if how == "adapter" else "2")
+    turn = asyncio.create_task(session.generate(Sampling(3)))  # waits for the update
+    await asyncio.sleep(0.05)
+    assert server.calls == ["/sleep"] and not turn.done()
+    await engine.sync(None, 1)
+    assert (await turn).versions == ((0, 1),)
+    steps = [c for c in server.calls if c != "/v1/completions"]
+    loads = {
+        "file": ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"],
+        "adapter": ["/weight_info", "/v1/load_lora_adapter", "/update_weight_version", "/v1/unload_lora_adapter"],
+    }
+    assert steps == ["/sleep", "/wake_up?weights", *loads[how], "/reset_prefix_cache", "/wake_up?kv_cache"]
+    assert server.sleeping is None and engine.largest_gap <= 1e-4
+    await engine.sync(None, 2)  # without a rest before it
+    assert server.calls.count("/sleep") == 1 and "/pause" in server.calls
+    await engine.close()
+
+
+async def test_engines_that_do_not_sleep_do_not_rest() -> None:
+    engine, (server,) = fakes("tags")
+    await engine.sync(None, 0)
+    await engine.rest()
+    assert "/sleep" not in server.calls
+    await engine.close()
+
+
+def test_sleep_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not sleeps(EngineConfig(kind="vllm"))
+    with pytest.raises(UserError, match=r"engine\.sleep: there is no GPU here"):
+        sleeps(EngineConfig(kind="vllm", sleep=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sleeps(EngineConfig(kind="vllm")) and not sleeps(EngineConfig(kind="vllm", sleep=False))
+    theirs = {"kind": "vllm", "urls": ("http://a:1",), "share": "/x"}
+    assert not sleeps(EngineConfig(**theirs)) and sleeps(EngineConfig(**theirs, sleep=True))
 
 
 async def test_a_server_that_cannot_load_the_first_weights_has_another_model() -> None:
