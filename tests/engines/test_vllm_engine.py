@@ -266,14 +266,16 @@ async def session_turn(engine: VllmEngine, prompt: list[int], tokens: int = 400)
     return await session.generate(Sampling(tokens, min_tokens=tokens))
 
 
-async def test_a_recipe_trains_with_a_server_of_its_own(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["model.lora.rank=4", "learner.lr=1e-2"]], ids=["whole", "adapters"])
+async def test_a_recipe_trains_with_a_server_of_its_own(more: list[str], tmp_path: Path) -> None:
     if python() is None:
         pytest.skip("no interpreter with vLLM: `make test-vllm` makes one, or set RETOOL_VLLM_PYTHON")
     overrides = ["engine.kind=vllm", "deterministic=false", "steps=2", f"out={tmp_path / 'run'}"]
     overrides += ["model.tiny.hidden=64", "model.tiny.heads=2", "learner.threads=1", f"engine.python={python()}"]
-    recipe = load_recipe("recipes/tiny.yaml", overrides)
+    recipe = load_recipe("recipes/tiny.yaml", [*overrides, *more])
     result = await train(recipe)
     assert len(result.metrics) == 2
     for step, m in enumerate(result.metrics):
         assert m["version"] >= step and m["count/trajectories"] == 16 * (step + 1)
         assert m.get("count/infra_failures", 0) == 0 and m.get("count/stale_turns", 0) == 0
+        assert m["max_logprob_gap"] <= 1e-4 and m["grad_norm/policy"] > 0
