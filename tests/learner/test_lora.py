@@ -157,6 +157,18 @@ def test_the_saved_model_is_merged_and_the_adapter_lies_beside_it(tmp_path: Path
         assert float((critic(input_ids=IDS).last_hidden_state - states).abs().max()) <= 1e-5
 
 
+@pytest.mark.parametrize("section", [{"activation_checkpointing": True}, {"layout": "packed"}, {"micro_samples": 1}])
+def test_memory_and_layout_change_no_gradient(section: dict[str, Any], tmp_path: Path) -> None:
+    moved = []
+    for more in ({}, section):
+        base = recipe("ppo_rlhf", tmp_path, model={"lora": {"rank": RANK}}, learner={"lr": 1e-2, **more})
+        made = Learner.create(base, build_objective(base), model(), load_tokenizer(base.model))
+        made.step(rollout_for("ppo_rlhf", 1))
+        moved.append(copies(made))
+    assert all(torch.allclose(moved[0][k], moved[1][k], atol=1e-9) for k in moved[0])
+    assert any(float(v.abs().sum()) > 0 for k, v in moved[0].items() if "lora_B" in k)
+
+
 def test_targets(tmp_path: Path) -> None:
     made = learner("sft", tmp_path, targets=("q_proj", "v_proj"))
     assert {n.rsplit(".", 1)[-1] for n in adapters(made.policy.module)} == {"q_proj", "v_proj"}
