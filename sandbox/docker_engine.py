@@ -73,6 +73,7 @@ class Engine:
                 "`retool sandbox serve` (docker/sandbox.compose.yml) and use sandbox.kind=remote with its URL"
             )
         try:
+            _knock(where)
             self.client = docker.from_env(timeout=60)
             self.cores = int(self.client.info().get("NCPU") or os.cpu_count() or 1)
         except self.failures as error:
@@ -98,6 +99,13 @@ class Engine:
                     container.remove(force=True)
                     removed += 1
         return removed
+
+
+def _knock(where: str) -> None:
+    """Raises `OSError` when nobody listens: the SDK finds that out too, but leaves its socket open then."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(10)
+        probe.connect(where.removeprefix("unix://") if where.startswith("unix://") else "/var/run/docker.sock")
 
 
 class Container:
