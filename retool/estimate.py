@@ -18,6 +18,7 @@ from retool.config import ModelConfig, Recipe, TinyModelConfig
 from retool.console import errors
 from retool.errors import UserError
 from retool.learner.head import CHUNK_ELEMENTS
+from retool.lora import add_adapters, has_adapters
 from retool.models import _existing, load_tokenizer, pick_device, tiny_model
 from retool.objectives import Objective, build_objective
 from retool.problems import load_problems
@@ -46,9 +47,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """`memory`: bytes by what holds them, of the learner's process with its embedded engine. `rollout_tokens`: most
-    that a step can sample. `trained_tokens`: most that it can learn from, prompts included. `pace`: what was measured,
-    or None. `seconds`: of a step, by part; empty without a measurement."""
+    """`memory`: bytes by what holds them, of the learner's process with its embedded engine; `server`: of each vLLM
+    server, which has its own. `cache_token`: bytes of one token's keys and values. `learning`: parameters that are
+    trained. `rollout_tokens`: most that a step can sample. `trained_tokens`: most that it can learn from, prompts
+    included. `pace`: what was measured, or None. `seconds`: of a step, by part; empty without a measurement."""
 
     parameters: int
     memory: dict[str, int]
@@ -58,6 +60,9 @@ class Estimate:
     prompt_tokens: int | None
     pace: Pace | None
     seconds: dict[str, float]
+    server: dict[str, int]
+    cache_token: int
+    learning: int
 
     @property
     def total(self) -> int:
@@ -109,10 +114,10 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def optimiser_bytes(model: nn.Module) -> int:
-    """Of everything that `Optimiser.state()` holds after a step: two moments and a step count for each parameter, and
-    an fp32 master copy of one of low precision."""
+    """Of everything that `Optimiser.state()` holds after a step: two moments and a step count for each parameter that
+    learns, and an fp32 master copy of one of low precision."""
     total = 0
-    for p in model.parameters():
+    for p in learning(model):
         low = p.dtype in (torch.bfloat16, torch.float16)
         wide = _MOMENT if low else p.element_size()
         total += 2 * wide * p.numel() + 4 + (_MASTER * p.numel() if low else 0)
@@ -121,7 +126,12 @@ def optimiser_bytes(model: nn.Module) -> int:
 
 def gradient_bytes(model: nn.Module) -> int:
     """Gradients are gathered in fp32 (wider for wider weights)."""
-    return sum(p.numel() * max(4, p.element_size()) for p in model.parameters())
+    return sum(p.numel() * max(4, p.element_size()) for p in learning(model))
+
+
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    """What is trained: everything, or adapters."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
 def activation_bytes(shape: Shape, tokens: int, element: int, checkpointing: bool) -> int:
@@ -148,6 +158,9 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     own = recipe.model.path is None
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe)) if own else None
     model = meta_model(recipe.model, len(tokenizer) if tokenizer is not None else None)
+    base = weight_bytes(model)
+    if recipe.model.lora is not None:
+        add_adapters(model, recipe.model.lora, 0)
     shape, objective = shape_of(model), build_objective(recipe)
     element = getattr(torch, recipe.model.dtype).itemsize
     prompt = _longest_prompt(recipe, tokenizer)
@@ -162,6 +175,10 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     if recipe.engine.kind == "transformers":
         slots = min(recipe.engine.slots, max(trajectories, r.concurrency))
         memory["KV cache"] = cache_bytes(shape, slots, longest, element)
+    server: dict[str, int] = {}
+    if recipe.engine.kind == "vllm":
+        side_by_side = min(recipe.engine.slots, r.concurrency, trajectories)
+        server = {"weights": base, "KV cache": cache_bytes(shape, side_by_side, longest, element)}
     pace = None
     if measure:
         threads = recipe.learner.threads or (1 if recipe.deterministic else None)
@@ -170,17 +187,22 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
         )
     seconds = _seconds(recipe, objective, shape, pace, trained) if pace is not None else {}
     tokens = trajectories * r.max_tokens
-    return Estimate(parameters(model), memory, trajectories, tokens, trained, prompt, pace, seconds)
+    each = cache_bytes(shape, 1, 64, element) // 64
+    taught = sum(p.numel() for p in learning(model))
+    return Estimate(
+        parameters(model), memory, trajectories, tokens, trained, prompt, pace, seconds, server, each, taught
+    )
 
 
 def _states(model: Any, objective: Objective) -> dict[str, int]:
     """Bytes of the networks and what trains them, by name, as `retool.learner.networks` makes them."""
     out = {"weights": weight_bytes(model), "gradients": gradient_bytes(model), "optimiser": optimiser_bytes(model)}
-    if objective.reference is not None:
+    borrowed = objective.reference is not None and objective.reference.kind == "frozen" and has_adapters(model)
+    if objective.reference is not None and not borrowed:
         out["reference"] = weight_bytes(model)
         low = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
         if objective.reference.kind != "frozen" and low:
-            out["reference"] += _MASTER * parameters(model)
+            out["reference"] += _MASTER * sum(p.numel() for p in learning(model))
     if objective.critic is not None:
         head = nn.Linear(shape_of(model).hidden, 1, device="meta", dtype=next(model.parameters()).dtype)
         critic = nn.ModuleList([model.base_model, head])
@@ -235,7 +257,9 @@ def report(recipe: Recipe, found: Estimate) -> list[str]:
     r = recipe.rollout
     lines = [
         "estimate, made without loading the model: states are counted, activations and time are rough",
-        f"  policy    {found.parameters:,} parameters, {recipe.model.dtype}, {device}",
+        f"  policy    {found.parameters:,} parameters"
+        + (f" ({found.learning:,} of them learn)" if found.learning < found.parameters else "")
+        + f", {recipe.model.dtype}, {device}",
         f"  memory    {size(found.total)}" + (f" of {size(free)} that are free" if free else ""),
         *(f"    {name:<12}{size(n)}" for name, n in found.memory.items()),
     ]
@@ -244,6 +268,7 @@ def report(recipe: Recipe, found: Estimate) -> list[str]:
             "    that is more than there is: lower learner.micro_tokens or engine.slots, set "
             "learner.activation_checkpointing=true or model.dtype=bfloat16, or take a smaller model"
         )
+    lines += _server_lines(recipe, found)
     lines.append(
         f"  rollout   {found.trajectories:,} trajectories, at most {found.rollout_tokens:,} tokens a step"
         + (f" (prompts of up to {found.prompt_tokens} tokens beside them)" if found.prompt_tokens else "")
@@ -262,6 +287,20 @@ def report(recipe: Recipe, found: Estimate) -> list[str]:
     return lines
 
 
+def _server_lines(recipe: Recipe, found: Estimate) -> list[str]:
+    """What each vLLM server needs beside the trainer; nothing for an embedded engine."""
+    if not found.server:
+        return []
+    own = "the server that the run starts" if not recipe.engine.urls else f"each of {len(recipe.engine.urls)} servers"
+    return [
+        f"  vLLM      {size(sum(found.server.values()))} for {own}, not counted above",
+        *(f"    {name:<12}{size(n)}" for name, n in found.server.items()),
+        f"    {size(found.cache_token)} of keys and values a token; vLLM sets room aside for them when it starts "
+        "(CPU: 1 GiB, or VLLM_CPU_KVCACHE_SPACE; GPU: what --gpu-memory-utilization leaves), and trajectories that do "
+        "not fit wait",
+    ]
+
+
 def print_estimate(recipe: Recipe) -> None:
     """On standard error, so that standard output stays the recipe. An estimate that cannot be made stops nobody."""
     try:
@@ -274,6 +313,8 @@ def print_estimate(recipe: Recipe) -> None:
 
 def size(n: int) -> str:
     """Bytes for a person."""
+    if n < 1 << 20:
+        return f"{n / 1024:.1f} KiB"
     return f"{n / _GIB:.1f} GiB" if n >= _GIB else f"{n / (1 << 20):.1f} MiB"
 
 

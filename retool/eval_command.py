@@ -48,7 +48,7 @@ def run_eval(
 
     async def run() -> tuple[list[Trajectory], Codec]:
         with bar("evaluation", len(rows) * k) as progress:
-            async with open_workshop(settings, network, tokenizer) as workshop:
+            async with open_workshop(settings, network, tokenizer, lockstep=settings.deterministic) as workshop:
                 trajectories = await evaluate(
                     workshop, settings, rows, tool=tool, progress=lambda done, _: progress.update(done)
                 )

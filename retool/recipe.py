@@ -158,4 +158,5 @@ def _explain(error: ValidationError) -> Iterator[str]:
             hint = f"; did you mean {near!r}?" if near else ""
             yield f"unknown key {key!r}{hint}"
         else:
-            yield f"{key or 'recipe'}: {item['msg'].removeprefix('Value error, ')} (got {item['input']!r:.80})"
+            got = "" if isinstance(item["input"], dict) else f" (got {item['input']!r:.80})"
+            yield f"{key or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{got}"

@@ -5,6 +5,7 @@ out/rollouts/             the rollout log (who said what, what was rewarded)
 out/learner.jsonl         what was trained on, step by step, and the metrics
 out/checkpoints/00000010  learner state after 10 steps; `latest` is the highest complete one
 out/model/                the trained policy as a transformers folder
+out/adapter/              with `model.lora`: its adapters alone (they are merged into out/model)
 out/pretrain/, out/critic/  the value pretraining (see retool/pretrain.py) and the critic it made
 """
 
@@ -33,7 +34,7 @@ class RunFolder:
     def __init__(self, recipe: Recipe, *, resume: bool) -> None:
         self.path = Path(recipe.out)
         saved = self.path / RECIPE
-        if saved.exists() and not resume:
+        if saved.exists() and not resume and self._begun():
             raise UserError(
                 f"{str(self.path)!r} already holds a run; add --resume to go on with it, "
                 "or choose another folder with out=FOLDER"
@@ -46,6 +47,13 @@ class RunFolder:
         write_text(saved, dump_recipe(recipe))
         (self.path / "checkpoints").mkdir(exist_ok=True)
 
+    def _begun(self) -> bool:
+        """Whether the run that lies here sampled or learnt anything; one that could not open its engine did not."""
+        shards, checkpoints = self.rollouts / "shards", self.path / "checkpoints"
+        return any(folder.is_dir() and any(folder.iterdir()) for folder in (shards, checkpoints)) or any(
+            file.exists() and file.stat().st_size > 0 for file in (self.ledger, self.path / "metrics.jsonl")
+        )
+
     @property
     def rollouts(self) -> Path:
         return self.path / ROLLOUTS
@@ -57,6 +65,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
 
     def checkpoint(self, steps_done: int) -> Path:
         return self.path / "checkpoints" / f"{steps_done:08d}"

@@ -76,6 +76,8 @@ def sft(recipe: Recipe, *, resume: bool = False, on_step: StepCallback | None = 
     _save(folder, learner, mine.steps, result.metrics)
     if mine.sft.head == "language":
         learner.save_model(folder.model)
+        if mine.model.lora is not None:
+            learner.save_adapter(folder.adapter)
     else:
         learner.save_critic(folder.model, "reward_model")
     result.held_out = judge()
@@ -102,6 +104,8 @@ def _language(mine: Recipe, recipe: Recipe, tokenizer: Any, codec: Codec) -> Sta
 def _reward_model(mine: Recipe, recipe: Recipe, tokenizer: Any, codec: Codec) -> Stage:
     """(learner, the samples of a step, accuracy on held-out pairs or samples)."""
     assert mine.sft is not None and mine.sft.head != "language"
+    if mine.model.lora is not None:
+        raise UserError("a reward model is trained whole: add model.lora=null")
     head, size = mine.sft.head, mine.sft.batch_size
     data = reward_data(recipe, codec)
     learner = reward_learner(mine, load_model(mine.model, tokenizer, mine.seed), tokenizer)

@@ -13,6 +13,7 @@ from retool.config import Recipe
 from retool.errors import UserError
 from retool.learner import Learner
 from retool.learner import checkpoint as ckpt
+from retool.lora import add_adapters
 from retool.models import load_model, load_tokenizer
 from retool.objectives import find_preset
 from retool.records import Group
@@ -70,6 +71,8 @@ class StoredRun:
         """(the policy with the checkpoint's weights, tokenizer), fresh each time."""
         tokenizer = load_tokenizer(self._source(), tags_of(self.recipe))
         model = load_model(self._source(), tokenizer, self.recipe.seed)
+        if self.recipe.model.lora is not None:
+            add_adapters(model, self.recipe.model.lora, self.recipe.seed)
         path = self.weights / "policy.safetensors"
         ckpt.load_module(model, ckpt.read_tensors(path), str(path))
         return model, tokenizer
@@ -78,12 +81,12 @@ class StoredRun:
         return (self.weights / f"{name}.safetensors").exists()
 
     def has_reference(self) -> bool:
-        """In the checkpoint, or as the model that the run started from."""
-        return self.has_role("reference") or self._start_exists()
+        """In the checkpoint, or as the model that the run started from (with adapters: the policy without them)."""
+        return self.has_role("reference") or self._start_exists() or self.recipe.model.lora is not None
 
     def load_roles(self, learner: Learner) -> None:
         """Give a new learner's reference and critic the run's weights, and its objective what the run remembered."""
-        if "reference" in learner.roles:
+        if "reference" in learner.roles and not learner.roles["reference"].borrowed:
             module = learner.roles["reference"].module
             if self.has_role("reference"):
                 path = self.weights / "reference.safetensors"
@@ -105,7 +108,8 @@ class StoredRun:
         return self.recipe.model.tiny is not None or Path(self.recipe.model.path or "").is_dir()
 
     def _source(self) -> Any:
-        """Where architecture and tokenizer come from: the model that the run started from, or the one it left."""
-        if not self._start_exists() and (self.path / "model").is_dir():
+        """Where architecture and tokenizer come from: the model that the run started from, or the one it left (which
+        has its adapters merged, so it is no base for them)."""
+        if self.recipe.model.lora is None and not self._start_exists() and (self.path / "model").is_dir():
             return self.recipe.model.model_copy(update={"path": str(self.path / "model"), "tiny": None})
         return self.recipe.model

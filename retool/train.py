@@ -106,6 +106,8 @@ async def train(
                 if on_step is not None:
                     on_step(step, metrics)
     learner.save_model(folder.model)
+    if recipe.model.lora is not None:
+        learner.save_adapter(folder.adapter)
     return result
 
 
@@ -138,6 +140,8 @@ class _Loop:
         samples = to_samples(drawn.groups, self.min_usable, counters)
         self.ledger.plan(step, [s.id for s in samples], self.draw.memory())
         metrics = {**rollout_metrics(drawn.sampled), **drawn.metrics}
+        if (rest := getattr(self.workshop.engine, "rest", None)) is not None:
+            await rest()
         nothing = not samples and self.recipe.rollout.dynamic.kind != "none"
         metrics |= {"updates": 0.0, "version": float(self.learner.version)} if nothing else self.learner.step(samples)
         metrics.update({f"count/{name}": float(n) for name, n in counters.items()})

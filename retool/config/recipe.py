@@ -38,6 +38,17 @@ class TinyModelConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters: the model stays as it is, and beside its linear layers thin matrices learn."""
+
+    rank: int = Field(16, ge=1)
+    """Width of an adapter."""
+    alpha: float = Field(32.0, gt=0)
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Layers that get one, e.g. [q_proj, v_proj]; default: every linear layer of the model's blocks."""
+
+
 class ModelConfig(Section):
     """The policy's starting weights: a path or hub name, or a small model made from scratch."""
 
@@ -51,6 +62,8 @@ class ModelConfig(Section):
     """`auto` takes a GPU when there is one; otherwise `cpu`, `cuda`, `cuda:1`, ..."""
     chat_template: str | None = None
     """A Jinja template used instead of the tokenizer's own."""
+    lora: LoraConfig | None = None
+    """Train adapters instead of the whole model (`retool sft` and `retool train`); `{}` takes their defaults."""
 
 
 class ProblemsConfig(Section):
@@ -190,9 +203,11 @@ class EngineConfig(Section):
     python: str | None = None
     """Interpreter that has vLLM, for a server started here; default: $RETOOL_VLLM_PYTHON, .venv-vllm/bin/python, or
     the one that runs retool."""
-    weight_sync: Literal["file", "reload", "nccl"] = "file"
+    weight_sync: Literal["auto", "file", "reload", "adapter", "nccl"] = "auto"
     """How new weights reach vLLM. `file`: safetensors in `share`, loaded in place by every worker. `reload`: the same
-    file through vLLM's own `reload_weights` (not for tied embeddings on CPU, which the probe would refuse)."""
+    file through vLLM's own `reload_weights` (not for tied embeddings on CPU, which the probe would refuse). `adapter`:
+    only the adapters of `model.lora`, for servers that have the very model that they were put on. `auto`: `adapter`
+    with `model.lora` and without `urls`, else `file` (adapters are merged on the way)."""
     share: str | None = None
     """Folder for weights that learner and servers both see at the same path; default: a temporary one (one machine)."""
     probe_tolerance: float | None = Field(None, gt=0)
@@ -200,6 +215,9 @@ class EngineConfig(Section):
     float32 weights, 0.2 for bfloat16."""
     server_args: tuple[str, ...] = ()
     """More arguments for a vLLM server that is started here, e.g. [--gpu-memory-utilization, "0.4"]."""
+    sleep: bool | None = None
+    """Whether vLLM gives its GPU memory back while the learner works (`--enable-sleep-mode`); default: a server that is
+    started here on a GPU does."""
     start_s: float = Field(600.0, gt=0)
     """Seconds a server may take until it answers."""
     turn_s: float = Field(600.0, gt=0)
@@ -207,7 +225,7 @@ class EngineConfig(Section):
 
     @model_validator(mode="after")
     def _kind_fits(self) -> EngineConfig:
-        own = ("urls", "python", "share", "probe_tolerance", "server_args")
+        own = ("urls", "python", "share", "probe_tolerance", "server_args", "sleep")
         given = [k for k in own if getattr(self, k)]
         if self.kind != "vllm" and given:
             raise ValueError(f"engine.{given[0]} needs engine.kind vllm")
@@ -440,7 +458,24 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _lockstep_is_embedded(self) -> Recipe:
         if self.deterministic and self.engine.kind != "transformers":
-            raise ValueError("deterministic: true needs engine.kind transformers: no server promises equal bits")
+            raise ValueError(
+                "deterministic: true needs engine.kind transformers, because no server promises equal bits: add "
+                "deterministic=false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters_fit(self) -> Recipe:
+        lora = self.model.lora is not None
+        if not lora and self.engine.weight_sync == "adapter":
+            raise ValueError("engine.weight_sync adapter needs model.lora: without it there are only whole weights")
+        if lora and self.learner.shard == "fsdp":
+            raise ValueError("learner.shard fsdp is not there for model.lora: use none")
+        if lora and self.objective.reference.kind in ("ema", "mix"):
+            raise ValueError(
+                f"objective.reference.kind {self.objective.reference.kind} averages weights, and the average of two "
+                "adapters' factors is not the adapter of the average: use frozen or hard, or leave out model.lora"
+            )
         return self
 
     @model_validator(mode="after")

@@ -8,29 +8,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import httpx
 
 from retool.engines.base import EngineError, Sampling
+from retool.errors import UserError
 
 OLDEST = (0, 32)
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MODEL = "policy"  # the name under which a server serves it
+How = Literal["file", "reload", "adapter"]
 _COLDEST = 0.01  # vLLM silently raises lower temperatures to this
 _FLOOR = -9998.0  # vLLM writes -9999 for minus infinity
 
 
-class ServerRefused(EngineError):
-    """The server understood and said no: the same request would fail again."""
+class ServerRefused(EngineError, UserError):
+    """The server understood and said no: the same request would fail again, until somebody mends what it says."""
 
     retryable = False
 
 
 class ServerLost(EngineError):
     """The server does not answer, or not as it should; it has to be looked at before it is used again."""
+
+
+class ServerFailed(ServerLost):
+    """It answered that it could not do what it was asked."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +58,18 @@ def request_body(
     tail: Sequence[int] = (),
     sampled: int = 0,
     salt: str | None = None,
+    adapter: bool = False,
 ) -> dict[str, Any]:
     """What asks for the rest of a turn. `tail`: ids of this turn's text so far, `sampled`: how many of them count
-    against `min_tokens`. Raises `ServerRefused` for what vLLM cannot do."""
+    against `min_tokens`. `salt`: tag of the weights; `adapter`: they are an adapter on the server's model. Raises
+    `ServerRefused` for what vLLM cannot do."""
     if 0 < sampling.temperature < _COLDEST:
         raise ServerRefused(f"vLLM samples no colder than {_COLDEST}: temperature {sampling.temperature:g}; use 0")
     if sampling.probe is not None:
         raise ServerRefused("vLLM cannot choose temperatures by position: leave out eval.fork_temperature")
     greedy = sampling.temperature == 0
     body: dict[str, Any] = {
-        "model": MODEL,
+        "model": adapter_name(salt) if adapter and salt is not None else MODEL,
         "prompt": list(ids),
         "max_tokens": budget,
         "temperature": sampling.temperature,
@@ -93,6 +101,11 @@ def request_body(
             "retool_tail": json.dumps(list(tail)[-64:]),
         }
     return body
+
+
+def adapter_name(tag: str) -> str:
+    """Under which a server serves the adapter of that version."""
+    return f"{MODEL}-{tag}"
 
 
 def parse_event(line: str) -> Chunk | None:
@@ -194,15 +207,32 @@ class Server:
             if chunk is not None:
                 yield chunk
 
-    async def load(self, folder: str, tag: str, how: Literal["file", "reload"]) -> None:
-        """Take the weights in `folder`, drop every cached key and value, and call the weights `tag`."""
-        await self._post("/pause", params={"mode": "keep"})
+    async def sleep(self, level: int) -> None:
+        """Give its GPU memory back until `load` wakes it. `level`: 1 keeps the weights in main memory, 2 forgets them.
+        Raises `ServerRefused` for a server without sleep mode."""
+        try:
+            await self._post("/sleep", params={"level": str(level)})
+        except ServerFailed as error:
+            raise ServerRefused(
+                f"{self.url} cannot sleep: start it with --enable-sleep-mode, or set engine.sleep=false ({error})"
+            ) from None
+
+    async def load(self, folder: str, tag: str, how: How, asleep: bool = False) -> None:
+        """Take the weights in `folder`, drop every cached key and value, and call the weights `tag`; afterwards it is
+        awake."""
+        if asleep:  # room for the weights first; nothing is scheduled before the cache has its room as well
+            await self._post("/wake_up", params={"tags": "weights"})
+        else:
+            await self._post("/pause", params={"mode": "keep"})
+        resume = ("/wake_up", {"tags": "kv_cache"}) if asleep else ("/resume", {})
         try:
             if how == "file":
                 await self._post("/init_weight_transfer_engine", json={"init_info": {}})
                 await self._post("/start_weight_update")
                 await self._post("/update_weights", json={"update_info": {"folder": folder}})
                 await self._post("/finish_weight_update", json={"weight_version": tag})
+            elif how == "adapter":
+                await self._load_adapter(folder, tag)
             else:
                 kwargs = {"weights_path": folder}
                 await self._post("/collective_rpc", json={"method": "reload_weights", "kwargs": kwargs})
@@ -210,8 +240,25 @@ class Server:
             dropped = await self._post("/reset_prefix_cache", params={"reset_running_requests": "true"})
             if not dropped.json().get("success"):
                 raise ServerLost(f"{self.url} could not drop its cache of older weights")
-        finally:
-            await self._post("/resume")
+        except BaseException:
+            with suppress(EngineError):  # what went wrong first is what has to be told
+                await self._post(resume[0], params=resume[1])
+            raise
+        await self._post(resume[0], params=resume[1])
+
+    async def _load_adapter(self, folder: str, tag: str) -> None:
+        """Every version is an adapter of its own: vLLM would read one that is replaced in place at every step."""
+        before = await self.weight_version()
+        try:
+            await self._post("/v1/load_lora_adapter", json={"lora_name": adapter_name(tag), "lora_path": folder})
+        except (ServerRefused, ServerFailed) as error:
+            raise ServerRefused(
+                f"{self.url} does not take the adapter in {folder}: it must see that folder and be started with "
+                f"--enable-lora and --max-lora-rank, or set engine.weight_sync=file ({error})"
+            ) from None
+        await self._post("/update_weight_version", json={"new_version": tag})
+        with suppress(ServerRefused):  # a server that was started anew has none
+            await self._post("/v1/unload_lora_adapter", json={"lora_name": adapter_name(before)})
 
     async def close(self) -> None:
         await self._client.aclose()
@@ -224,7 +271,12 @@ class Server:
 
     async def _send(self, method: str, path: str, **content: Any) -> httpx.Response:
         try:
-            response = await self._client.request(method, path, **content)
+            try:
+                response = await self._client.request(method, path, **content)
+            except httpx.RemoteProtocolError:  # the server closed an idle connection; a resume may come twice
+                if method != "GET" and path != "/resume":
+                    raise
+                response = await self._client.request(method, path, **content)
         except httpx.HTTPError as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if response.status_code == 404:
@@ -244,4 +296,4 @@ class Server:
         except ValueError:
             said = response.text
         text = f"{self.url}{response.request.url.path} answered {response.status_code}: {str(said)[:500]}"
-        raise (ServerRefused if 400 <= response.status_code < 500 else ServerLost)(text)
+        raise (ServerRefused if 400 <= response.status_code < 500 else ServerFailed)(text)

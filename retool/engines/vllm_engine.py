@@ -12,14 +12,11 @@ the trajectory again elsewhere, and the server is used again only after it took 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import tempfile
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -34,9 +31,10 @@ from retool.engines.base import (
 from retool.engines.sampler import mix_seed
 from retool.engines.text import Pieces, Tail
 from retool.engines.transformers_engine import _eos_ids
-from retool.engines.vllm_adapter import Server, ServerLost, ServerRefused, request_body
+from retool.engines.vllm_adapter import How, Server, ServerFailed, ServerLost, ServerRefused, request_body
 from retool.engines.vllm_server import LocalServer
 from retool.engines.vllm_turn import Replica, Thread, Turn, new_thread
+from retool.engines.vllm_weights import WeightFiles, drop
 
 _FRESH_S = 2.0  # a server cannot have been started anew within that many seconds after it answered
 _PROBE_TOKENS = 8
@@ -85,6 +83,7 @@ class VllmEngine:
     `model`: the learner's, or one of one's own; `sync(None, v)` sends its weights as they are then, `sync(weights, v)`
     loads them into it first. `share`: a folder that learner and servers see at the same path. `context`: tokens in one
     trajectory. `local`: the server of `servers` that was started here, by url; it is started again when it dies.
+    `sleep`: between `rest` and `sync` servers leave their GPU's memory to the learner.
     """
 
     def __init__(
@@ -95,10 +94,11 @@ class VllmEngine:
         *,
         context: int,
         share: str | Path | None = None,
-        weight_sync: Literal["file", "reload"] = "file",
+        weight_sync: How = "file",
         probe_tolerance: float | None = None,
         start_s: float = 600.0,
         local: Mapping[str, LocalServer] | None = None,
+        sleep: bool = False,
     ) -> None:
         if not servers:
             raise ValueError("a vLLM engine needs at least one server")
@@ -107,16 +107,11 @@ class VllmEngine:
         self._replicas = [Replica(s, (local or {}).get(s.url)) for s in servers]
         self._pieces = Pieces(tokenizer, model.config.get_text_config().vocab_size)
         self._eos = _eos_ids(model, tokenizer)
-        self._own_share = share is None
-        self._share = Path(share) if share is not None else _temporary()
-        self._how: Literal["file", "reload"] = weight_sync
+        self._files = WeightFiles(model, tokenizer, share, weight_sync)
         half = next(model.parameters()).dtype != torch.float32
         self._tolerance = probe_tolerance if probe_tolerance is not None else (0.2 if half else 1e-3)
         self._start_s = start_s
-        self._run = uuid.uuid4().hex[:8]
-        self._folder: Path | None = None
-        self._tag = ""
-        self._updates = 0
+        self._sleep = sleep
         self._version = 0
         self._ready = False
         self._gate = asyncio.Event()
@@ -166,6 +161,24 @@ class VllmEngine:
             raise EngineError("the engine is closed")
         await self._update(weights, version)
 
+    async def rest(self) -> None:
+        """Nothing is to be sampled before the next `sync`; with `sleep`, servers give their GPU memory back until then.
+        Turns that are asked for wait."""
+        if not self._sleep or not self._ready or self._closed:
+            return
+        async with self._lock:
+            self._gate.clear()
+            await self._cut()
+            # with adapters alone the next update brings no base: it has to be kept
+            level = 1 if self._files.how == "adapter" else 2
+            for replica in [r for r in self._replicas if r.good and not r.asleep]:
+                try:
+                    await replica.server.sleep(level)
+                    replica.asleep = True
+                except ServerLost as error:
+                    self._counts["lost"] += 1
+                    replica.lose(error)
+
     async def _update(self, weights: Mapping[str, Any] | None, version: int, first: bool = False) -> None:
         async with self._lock:
             if first and self._ready:
@@ -177,9 +190,11 @@ class VllmEngine:
                     raise EngineError(f"the weights do not fit the engine's model: {error}") from error
             self._model.eval()
             self._gate.clear()
+            if self._sleep and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # what the learner is done with is what the servers wake up in
             try:
                 await self._cut()
-                old, self._folder = self._folder, await asyncio.to_thread(self._save)
+                old = await asyncio.to_thread(self._files.save, any(r.local is not None for r in self._replicas))
                 self._version = version
                 self._counts["updates"] += 1
                 if self._ready:
@@ -190,8 +205,7 @@ class VllmEngine:
                     if failure is not None:
                         raise failure
                 self._ready = True
-                if old is not None:
-                    await asyncio.to_thread(shutil.rmtree, old, True)
+                await asyncio.to_thread(drop, old)
             finally:
                 self._gate.set()
 
@@ -207,10 +221,7 @@ class VllmEngine:
             await replica.server.close()
             if replica.local is not None:
                 await asyncio.to_thread(replica.local.remove)
-        if self._own_share:
-            await asyncio.to_thread(shutil.rmtree, self._share, True)
-        elif self._folder is not None:
-            await asyncio.to_thread(shutil.rmtree, self._folder, True)
+        await asyncio.to_thread(self._files.close)
 
     # -- what sessions call -----------------------------------------------------------------------------------------
 
@@ -276,6 +287,7 @@ class VllmEngine:
                 tail=[*thread.said, *turn.ids],
                 sampled=len(turn.ids),
                 salt=replica.tag,
+                adapter=self._files.how == "adapter",
             )
             got = 0
             async with replica.server.stream(body) as chunks:
@@ -372,7 +384,8 @@ class VllmEngine:
                 return
             for replica in lost:
                 if replica.local is not None and not replica.local.alive:
-                    await asyncio.to_thread(replica.local.start, str(self._folder))
+                    await asyncio.to_thread(replica.local.start, self._files.start)
+                    replica.asleep = False
                 try:
                     await replica.server.check()
                 except ServerLost as error:
@@ -392,12 +405,18 @@ class VllmEngine:
                 "start it with a larger --max-model-len or lower engine.context"
             )
         await self._install(replica)
+        if isinstance(replica.lost, ServerFailed):
+            raise ServerRefused(
+                f"{replica.server.url} did not take this run's weights; was it started with the same model, by "
+                f"`python -m retool.engines.vllm_server`? ({replica.why})"
+            )
 
     async def _install(self, replica: Replica) -> None:
         """The newest weights on one server, and the proof; a server that is lost meanwhile is only marked."""
         try:
-            await replica.server.load(str(self._folder), self._tag, self._how)
-            replica.tag = self._tag
+            await replica.server.load(str(self._files.folder), self._files.tag, self._files.how, replica.asleep)
+            replica.asleep = False
+            replica.tag = self._files.tag
             await self._probe(replica)
         except ServerLost as error:
             self._counts["lost"] += 1
@@ -427,23 +446,21 @@ class VllmEngine:
 
     # -- weights ----------------------------------------------------------------------------------------------------
 
-    def _save(self) -> Path:
-        """All weights as safetensors in a folder of their own; names the newest version."""
-        self._updates += 1
-        self._tag = f"{self._run}.{self._updates}"
-        folder = self._share / f"weights-{self._tag}"
-        self._model.save_pretrained(folder)
-        if any(r.local is not None for r in self._replicas):
-            self._tokenizer.save_pretrained(folder)
-        return folder
-
     async def _probe(self, replica: Replica) -> None:
         """Sample a few tokens there and compare their log-probs with a forward pass here."""
         vocab = min(len(self._tokenizer), self._model.config.get_text_config().vocab_size)
         for i in range(2):
             prompt = [mix_seed(i, j, 0x9B0B) % vocab for j in range(min(16, self.context // 2))]
             budget = min(_PROBE_TOKENS, self.context - len(prompt))
-            body = request_body(prompt, Sampling(budget), budget=budget, seed=i, eos=frozenset(), salt=replica.tag)
+            body = request_body(
+                prompt,
+                Sampling(budget),
+                budget=budget,
+                seed=i,
+                eos=frozenset(),
+                salt=replica.tag,
+                adapter=self._files.how == "adapter",
+            )
             ids: list[int] = []
             logprobs: list[float] = []
             async with replica.server.stream(body) as chunks:
@@ -452,29 +469,15 @@ class VllmEngine:
                     logprobs += chunk.logprobs
             if len(ids) != budget:
                 raise ServerLost(f"{replica.server.url} gave {len(ids)} of {budget} tokens when it was probed")
-            own = await asyncio.to_thread(self._forward, [*prompt, *ids], len(prompt))
+            own = await asyncio.to_thread(self._files.logprobs, [*prompt, *ids], len(prompt))
             gap = max(abs(a - b) for a, b in zip(logprobs, own, strict=True))
             self.largest_gap = max(self.largest_gap, gap)
             if not gap <= self._tolerance:
                 raise ProbeMismatch(
                     f"after the update to version {self._version}, log-probs of {replica.server.url} differ from the "
                     f"learner's by {gap:.3g}, more than engine.probe_tolerance allows ({self._tolerance:g}): the "
-                    f"server does not run the new weights (engine.weight_sync is {self._how})"
+                    f"server does not run the new weights (engine.weight_sync is {self._files.how})"
                 )
-
-    @torch.no_grad()
-    def _forward(self, ids: list[int], start: int) -> list[float]:
-        """Log-probs of `ids[start:]` under the learner's weights."""
-        device = next(self._model.parameters()).device
-        logits = self._model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
-        logp = torch.log_softmax(logits[start - 1 : -1], -1)
-        return [float(x) for x in logp.gather(-1, torch.tensor(ids[start:], device=device)[:, None])[:, 0]]
-
-
-def _temporary() -> Path:
-    """A private folder, in memory where the system has one."""
-    memory = Path("/dev/shm")
-    return Path(tempfile.mkdtemp(prefix="retool-weights-", dir=memory if memory.is_dir() else None))
 
 
 async def _end(task: asyncio.Task[Any]) -> None:

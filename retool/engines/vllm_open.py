@@ -9,10 +9,12 @@ from typing import Any
 import torch
 
 from retool.config import EngineConfig
-from retool.engines.vllm_adapter import CPU_HEAD_SIZES, Server, ServerLost
+from retool.engines.vllm_adapter import CPU_HEAD_SIZES, How, Server, ServerLost
 from retool.engines.vllm_engine import VllmEngine
 from retool.engines.vllm_server import LocalServer, find_python
+from retool.engines.vllm_weights import lora_arguments, save_base, save_merged
 from retool.errors import UserError
+from retool.lora import adapters, has_adapters
 
 
 async def open_vllm(config: EngineConfig, model: Any, tokenizer: Any) -> VllmEngine:
@@ -41,10 +43,11 @@ async def open_vllm(config: EngineConfig, model: Any, tokenizer: Any) -> VllmEng
         servers,
         context=context,
         share=config.share,
-        weight_sync="reload" if config.weight_sync == "reload" else "file",
+        weight_sync=how_of(config, model),
         probe_tolerance=config.probe_tolerance,
         start_s=config.start_s,
         local=local,
+        sleep=sleeps(config),
     )
 
 
@@ -75,11 +78,17 @@ async def _start(config: EngineConfig, model: Any, tokenizer: Any, context: int)
         "cpu": cpu,
         "more": config.server_args,
     }
+    adapter = how_of(config, model) == "adapter"
+    if adapter:
+        rank = next(iter(adapters(model).values())).rank
+        options["more"] = (*lora_arguments(rank), *config.server_args)
+    if sleeps(config):
+        options["more"] = ("--enable-sleep-mode", *options["more"])
     own = LocalServer.new(python, "", **options)
     start = own.folder / "model"
     server = Server(own.url)
     try:
-        await asyncio.to_thread(model.save_pretrained, start)
+        await asyncio.to_thread(save_base if adapter else save_merged, model, start)
         await asyncio.to_thread(tokenizer.save_pretrained, start)
         await asyncio.to_thread(own.start, str(start))
         await own.wait(config.start_s, server.check)
@@ -89,6 +98,25 @@ async def _start(config: EngineConfig, model: Any, tokenizer: Any, context: int)
     finally:
         await server.close()
     return own
+
+
+def sleeps(config: EngineConfig) -> bool:
+    """Whether servers leave their GPU to the learner between rollouts; without being asked only one of this run's own
+    does. Raises `UserError` where there is no GPU."""
+    if config.urls:
+        return bool(config.sleep)
+    if config.sleep and not torch.cuda.is_available():
+        raise UserError("engine.sleep: there is no GPU here that a server could leave; remove the key")
+    return torch.cuda.is_available() if config.sleep is None else config.sleep
+
+
+def how_of(config: EngineConfig, model: Any) -> How:
+    """`auto` sends adapters alone only to a server of this run's own, whose base is surely the learner's."""
+    if config.weight_sync == "auto":
+        return "adapter" if has_adapters(model) and not config.urls else "file"
+    if config.weight_sync == "nccl":
+        raise UserError("engine.weight_sync nccl is not available")
+    return config.weight_sync
 
 
 def check_heads(model: Any) -> None:

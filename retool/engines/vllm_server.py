@@ -9,6 +9,7 @@ listens on a unix socket in a folder that only its user can open, and ends when 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shutil
 import signal
@@ -23,6 +24,8 @@ from typing import Any
 
 from retool.errors import UserError
 
+_log = logging.getLogger(__name__)
+_TELL_EVERY_S = 30.0
 _HERE = Path(__file__).parent
 _INSTALL = "make one with `make vllm-env` (CPU) or give engine.python=/path/to/python of an environment with vLLM"
 
@@ -82,6 +85,7 @@ def environment(plugin: Path, *, cpu: bool) -> dict[str, str]:
     made = {**os.environ, "PYTHONPATH": str(plugin), "VLLM_SERVER_DEV_MODE": "1"}
     made.setdefault("VLLM_NO_USAGE_STATS", "1")
     made.setdefault("DO_NOT_TRACK", "1")
+    made.setdefault("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")  # adapters, where --enable-lora makes room for them
     made.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # the second one wants another kind of logits processor
     if cpu:
         made.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -129,7 +133,8 @@ class LocalServer:
 
     async def wait(self, seconds: float, ready: Any) -> None:
         """Until `await ready()` raises no more. Raises `UserError` with the log's end when it dies or is late."""
-        end = time.monotonic() + seconds
+        begun = told = time.monotonic()
+        end = begun + seconds
         while True:
             if self.socket.exists():
                 try:
@@ -142,6 +147,11 @@ class LocalServer:
                 raise UserError(f"the vLLM server ended before it answered; the end of its log:\n{self.tail()}")
             if time.monotonic() > end:
                 raise UserError(f"the vLLM server did not answer within engine.start_s ({seconds:g} s):\n{self.tail()}")
+            if time.monotonic() - told > _TELL_EVERY_S:
+                told = time.monotonic()
+                _log.warning(
+                    "vLLM has been starting for %.0f s of at most %g; its log: %s", told - begun, seconds, self.log
+                )
             await asyncio.sleep(0.5)
 
     def tail(self, lines: int = 25) -> str:

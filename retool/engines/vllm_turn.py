@@ -29,11 +29,13 @@ class Replica:
     good: bool = False
     why: str = "it was not asked yet"
     tag: str = ""
+    lost: BaseException | None = None
+    asleep: bool = False
     contact: float = 0.0  # monotonic time of its last answer
 
     def lose(self, error: BaseException) -> None:
         """It failed."""
-        self.good, self.why = False, str(error)
+        self.good, self.why, self.lost = False, str(error), error
 
 
 @dataclass(eq=False)

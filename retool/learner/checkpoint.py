@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from retool.errors import UserError
 from retool.learner.shard import copy_into, full
+from retool.lora import has_adapters, is_adapter
 
 FORMAT = 1
 
@@ -75,11 +76,28 @@ def module_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: full(tensor) for name, tensor in named.items()}
 
 
-def load_module(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Copies into the existing tensors, so that whoever shares them sees the new values."""
-    mine = dict(module.named_parameters()) | dict(module.named_buffers())
+def learnt_names(module: nn.Module) -> set[str]:
+    """What a checkpoint holds of a network: all that `module_tensors` gives; with adapters only what learns, because
+    the rest is the model that training started from."""
+    if has_adapters(module):
+        return {name for name, p in module.named_parameters() if p.requires_grad or is_adapter(name)}
     persistent = set(module.state_dict(keep_vars=True))
-    expected = {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers() if n in persistent}
+    return {n for n, _ in module.named_parameters()} | {n for n, _ in module.named_buffers() if n in persistent}
+
+
+def learnt_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `learnt_names`, whole, on the CPU; all ranks call it together."""
+    if has_adapters(module):
+        named = dict(module.named_parameters())
+        return {name: full(named[name]) for name in sorted(learnt_names(module))}
+    return module_tensors(module)
+
+
+def load_module(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Copies into the existing tensors, so that whoever shares them sees the new values. `tensors`: what
+    `learnt_tensors` gave."""
+    mine = dict(module.named_parameters()) | dict(module.named_buffers())
+    expected = learnt_names(module)
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))[:3]
         raise CheckpointError(f"{where} was written for another model: {odd} differ")

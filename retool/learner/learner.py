@@ -366,8 +366,13 @@ class Learner:
         return persist.full_weights(self)
 
     def save_model(self, folder: Path) -> None:
-        """The policy as an ordinary transformers folder, with its tokenizer; atomic. All ranks call it."""
+        """The policy as an ordinary transformers folder, adapters merged, with its tokenizer; atomic. All ranks call
+        it."""
         persist.save_model(self, folder)
+
+    def save_adapter(self, folder: Path) -> None:
+        """The policy's adapters as a folder of the peft library; atomic. All ranks call it."""
+        persist.save_adapter(self, folder)
 
     def save_critic(self, folder: Path, kind: str = "critic") -> None:
         """The critic as a folder that `objective.critic.path` can name; atomic. All ranks call it."""

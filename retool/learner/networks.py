@@ -9,10 +9,19 @@ from retool.config import Recipe
 from retool.learner.checkpoint import CheckpointError
 from retool.learner.head import check_head
 from retool.learner.optimiser import Optimiser
-from retool.learner.roles import Role, critic_role, frozen_copy, language_role, silence_dropout, value_role
+from retool.learner.roles import (
+    Role,
+    base_role,
+    critic_role,
+    frozen_copy,
+    language_role,
+    silence_dropout,
+    value_role,
+)
 from retool.learner.shard import shard
 from retool.learner.value_model import ValueModel, read_value_model
 from retool.learner.world import World
+from retool.lora import add_adapters, has_adapters
 from retool.objectives import Objective
 
 
@@ -26,14 +35,19 @@ class Networks:
 
 
 def make_networks(recipe: Recipe, objective: Objective, model: Any, world: World) -> Networks:
-    """Wraps `model`, which is trained in place, and makes the others. Raises `HeadError` for a model whose logits the
-    learner cannot reproduce, `CheckpointError` for a critic that cannot be loaded."""
+    """Wraps `model`, which is trained in place (with `model.lora` it gets its adapters here), and makes the others.
+    Raises `HeadError` for a model whose logits the learner cannot reproduce, `CheckpointError` for a critic that cannot
+    be loaded."""
     c = recipe.learner
     model.eval()
     silence_dropout(model)
+    if recipe.model.lora is not None and not has_adapters(model):
+        add_adapters(model, recipe.model.lora, recipe.seed)
     roles: dict[str, Role] = {}
     moments: dict[str, float] = {}
-    if objective.reference is not None:
+    if objective.reference is not None and objective.reference.kind == "frozen" and has_adapters(model):
+        roles["reference"] = base_role("reference", model, objective.temperature)
+    elif objective.reference is not None:
         roles["reference"] = language_role("reference", frozen_copy(model), objective.temperature)
     if objective.critic is not None:
         roles["critic"], moments = _critic(recipe, model)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from retool.learner import checkpoint as ckpt
 from retool.learner.value_model import MOMENTS, write_value_model
+from retool.lora import merged, write_adapter
 from retool.objectives import ObjectiveState
 
 if TYPE_CHECKING:
@@ -24,9 +25,9 @@ def save(learner: Learner, folder: Path) -> None:
     """Everything that `load` needs to go on with equal bits. All ranks call it; rank 0 writes, atomically."""
     files = {"rng": {"cpu": torch.get_rng_state()}}
     for name, role in learner.roles.items():
-        if role.optimiser is None and name != "reference":
+        if role.borrowed or (role.optimiser is None and name != "reference"):
             continue  # nobody trains it here
-        files[name] = ckpt.module_tensors(role.module)
+        files[name] = ckpt.learnt_tensors(role.module)
         if role.optimiser is not None:
             files[f"{name}.optimiser"] = role.optimiser.state()
     state = {"version": learner.version, "updates": learner.updates, "objective": learner.objective.name}
@@ -52,7 +53,7 @@ def load(learner: Learner, folder: Path) -> None:
             f"{folder} was trained with objective {data['objective']!r}, this recipe has {learner.objective.name!r}"
         )
     for name, role in learner.roles.items():
-        if role.optimiser is None and name != "reference":
+        if role.borrowed or (role.optimiser is None and name != "reference"):
             continue
         path = folder / f"{name}.safetensors"
         ckpt.load_module(role.module, ckpt.read_tensors(path), str(path))
@@ -74,21 +75,28 @@ def full_weights(learner: Learner) -> dict[str, Tensor]:
 
 
 def save_model(learner: Learner, folder: Path) -> None:
-    """The policy as an ordinary transformers folder, with its tokenizer."""
-    weights = full_weights(learner)
+    """The policy as an ordinary transformers folder, with its tokenizer; adapters are added to the weights."""
+    module = learner.policy.module
+    weights = merged(module, full_weights(learner))
 
     def fill(target: Path) -> None:
-        learner.policy.module.save_pretrained(target, state_dict=weights)
+        module.save_pretrained(target, state_dict=weights)
         if learner.tokenizer is not None:
             learner.tokenizer.save_pretrained(target)
 
     _write(learner, folder, fill)
 
 
+def save_adapter(learner: Learner, folder: Path) -> None:
+    """The policy's adapters alone, as peft saves them."""
+    weights = ckpt.learnt_tensors(learner.policy.module)
+    _write(learner, folder, lambda target: write_adapter(learner.policy.module, weights, target))
+
+
 def save_critic(learner: Learner, folder: Path, kind: str) -> None:
     """The critic as a value-model folder; `kind` says what it is (`critic`, `reward_model`)."""
     module = learner.roles["critic"].module
-    tensors = ckpt.module_tensors(module)
+    tensors = merged(module, ckpt.module_tensors(module))
     moments = {name: getattr(learner.state, name) for name in MOMENTS}
 
     def fill(target: Path) -> None:

@@ -15,6 +15,7 @@ from retool.learner.head import Head
 from retool.learner.layout import Inputs
 from retool.learner.optimiser import Optimiser
 from retool.learner.value_model import ValueModel, last_hidden
+from retool.lora import adapters_off, freeze_base
 from retool.objectives import Forward
 
 
@@ -35,15 +36,24 @@ class LanguageNet(nn.Module):
         return self.head(states, inputs.targets[index], entropy, entropy_grad)
 
 
+class BaseNet(LanguageNet):
+    """What a model with adapters computes without them."""
+
+    def forward(self, inputs: Inputs, index: Tensor, entropy: bool, entropy_grad: bool) -> tuple[Tensor, Tensor]:
+        with adapters_off(self.model):
+            return super().forward(inputs, index, entropy, entropy_grad)
+
+
 @dataclass
 class Role:
     """One network and what trains it. `net` is called; `module` (the transformers model, or the `ValueModel`) is what
-    is saved; `optimiser` is None for a frozen one."""
+    is saved, unless it is `borrowed` from another role; `optimiser` is None for a frozen one."""
 
     name: str
     net: Any
     module: Any
     optimiser: Optimiser | None = None
+    borrowed: bool = False
 
     @property
     def model(self) -> Any:
@@ -89,6 +99,11 @@ def language_role(name: str, model: Any, temperature: float) -> Role:
     return Role(name, LanguageNet(model, temperature).eval(), model)
 
 
+def base_role(name: str, model: Any, temperature: float) -> Role:
+    """The model that the policy's adapters were put on: the policy itself without them, so it takes no memory."""
+    return Role(name, BaseNet(model, temperature).eval(), model, borrowed=True)
+
+
 def frozen_copy(model: Any) -> Any:
     """The policy as it is now, for good."""
     return copy.deepcopy(model).eval().requires_grad_(False)
@@ -102,6 +117,7 @@ def critic_role(model: Any) -> Role:
 def value_role(critic: ValueModel) -> Role:
     """The role of a critic or reward model; without optimiser yet."""
     critic.eval().requires_grad_(True)
+    freeze_base(critic.backbone)
     return Role("critic", critic, critic)
 
 

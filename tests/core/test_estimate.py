@@ -124,6 +124,40 @@ def test_states_of_a_learner_are_within_a_seventh(objective: str) -> None:
     assert ("critic" in found) is (built.critic is not None) and ("reference" in found) is (built.reference is not None)
 
 
+@pytest.mark.parametrize("objective", ["grpo", "ppo_rlhf"])
+def test_states_of_a_learner_with_adapters_are_counted(objective: str) -> None:
+    """Only what learns has gradients and moments, and the reference is the policy without its adapters."""
+    recipe = recipe_of(f"objective={objective}", "model.lora.rank=4", "objective.reference.kind=frozen")
+    tokenizer = load_tokenizer(recipe.model, tags_of(recipe))
+    learner = Learner.create(recipe, build_objective(recipe), load_model(recipe.model, tokenizer, 0), tokenizer)
+    found = est.estimate(recipe, measure=False).memory
+    policy = learner.policy
+    assert policy.optimiser is not None
+    assert found["weights"] == tensor_bytes(policy.module.parameters())
+    assert found["gradients"] == tensor_bytes(policy.optimiser.masters)
+    assert found["optimiser"] == 2 * found["gradients"] + 4 * len(policy.optimiser.masters)
+    assert found["gradients"] < found["weights"] / 2 and "reference" not in found
+    if "critic" in learner.roles:
+        optimiser = learner.roles["critic"].optimiser
+        assert optimiser is not None
+        learnt = tensor_bytes(optimiser.masters)
+        whole = tensor_bytes(learner.roles["critic"].module.parameters())
+        assert found["critic"] == whole + 3 * learnt + 4 * len(optimiser.masters)
+
+
+def test_a_vllm_server_is_counted_apart() -> None:
+    recipe = recipe_of("engine.kind=vllm", "deterministic=false", "engine.slots=5", "rollout.max_tokens=40")
+    found = est.estimate(recipe, measure=False)
+    embedded = est.estimate(recipe_of("engine.slots=5", "rollout.max_tokens=40"), measure=False)
+    assert found.server["weights"] == found.memory["weights"] and found.prompt_tokens is not None
+    columns = -(-(found.prompt_tokens + 40) // 64) * 64
+    assert found.server["KV cache"] == 5 * columns * found.cache_token == embedded.memory["KV cache"]
+    assert "KV cache" not in found.memory and embedded.server == {}
+    assert found.total + found.server["KV cache"] == embedded.total
+    lines = "\n".join(est.report(recipe, found))
+    assert "the server that the run starts, not counted above" in lines and "KiB of keys and values a token" in lines
+
+
 def test_activations_are_of_the_right_size() -> None:
     recipe = recipe_of("model.tiny.hidden=64", "model.tiny.intermediate=128", "model.tiny.layers=3")
     tokenizer = load_tokenizer(recipe.model, tags_of(recipe))

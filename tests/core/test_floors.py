@@ -11,7 +11,15 @@ REPO = Path(__file__).parents[2]
 FLOORS = (
     {"sandbox"},
     {"retool", "retool.errors", "retool.files"},
-    {"retool.config", "retool.transcript", "retool.records", "retool.models", "retool.protocols", "retool.problems"},
+    {
+        "retool.config",
+        "retool.transcript",
+        "retool.records",
+        "retool.models",
+        "retool.protocols",
+        "retool.problems",
+        "retool.lora",
+    },
     {"retool.objectives", "retool.engines", "retool.rewards"},
     {"retool.learner", "retool.rollout"},
     {"data_gen", "loops"},

@@ -177,9 +177,11 @@ async def _settled(engine: Any) -> None:
     await engine.sync(None, version=engine.version)
 
 
-async def _ticks(engine: Any, n: int) -> None:
+async def ticks(engine: Any, n: int) -> None:
     """Until the engine has sampled `n` times."""
-    while engine.stats()["ticks"] < n:  # noqa: ASYNC110 (an engine tells nobody)
+    end = time.monotonic() + 600
+    while engine.stats()["ticks"] < n:
+        assert time.monotonic() < end, "the engine samples nothing"
         await asyncio.sleep(0.001)
 
 
@@ -205,7 +207,7 @@ class WeightsContract(EngineContract):
         other = await engine.open(encode(tok, PROMPT), seed=2)
         beside = asyncio.create_task(other.generate(Sampling(60, temperature=0, min_tokens=60)))
         task = asyncio.create_task(session.generate(Sampling(100, temperature=0, min_tokens=100)))
-        await _ticks(engine, 5)
+        await ticks(engine, 5)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -303,7 +305,7 @@ class WeightsContract(EngineContract):
         prompt = encode(tok, PROMPT)
         session = await engine.open(prompt, seed=1)
         task = asyncio.create_task(session.generate(Sampling(self.long, temperature=0.8, min_tokens=self.long)))
-        await _ticks(engine, 3)
+        await ticks(engine, 3)
         fresh = {k: v + 0.05 * torch.randn_like(v) for k, v in self.model(engine).state_dict().items()}
         old = {k: v.clone() for k, v in self.model(engine).state_dict().items()}
         await engine.sync(fresh, version=1)

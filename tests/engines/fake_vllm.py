@@ -14,47 +14,88 @@ import torch
 from safetensors.torch import load_file
 
 from retool.engines.sampler import draw, processed_logprobs, uniforms
+from retool.lora import adapters
 
 
 class FakeVllm(httpx.AsyncBaseTransport):
-    """`down`: nobody answers. `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash."""
+    """`down`: nobody answers. `broken`: says so when it is to load weights, and closes the connection, as vLLM does.
+    `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash. A model with adapters is a server
+    started with --enable-lora: it serves the adapters in `served`."""
 
     def __init__(self, model: Any, slow: float = 0.0, version: str = "0.32.0", dev: bool = True) -> None:
         self.model, self.slow, self.version, self.dev = model, slow, version, dev
         self.first = {k: v.clone() for k, v in model.state_dict().items()}
         self.tag = "default"
-        self.down = self.deaf = False
+        self.down = self.deaf = self.broken = self.closed = False
         self.paused = False
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.served: list[str] = []
+        self.sleeping: str | None = None
         self.left_open = 0
 
     def restart(self) -> None:
         self.model.load_state_dict(self.first)
         self.tag = "default"
+        self.served = []
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if self.down:
             raise httpx.ConnectError("All connection attempts failed", request=request)
+        if self.closed:
+            self.closed = False
+            raise httpx.RemoteProtocolError("Server disconnected without sending a response.", request=request)
         path = request.url.path
         body = json.loads(await request.aread() or b"{}")
-        self.calls.append(path)
+        tags = request.url.params.get("tags")
+        self.calls.append(path if tags is None else f"{path}?{tags}")
         if path == "/version":
             return httpx.Response(200, json={"version": self.version})
         if path == "/v1/models":
             return httpx.Response(200, json={"data": [{"id": "policy", "max_model_len": 512}]})
         if path == "/v1/completions":
+            if body["model"] not in ("policy", *self.served):
+                return httpx.Response(404, json={"error": {"message": f"The model {body['model']} does not exist."}})
             return self._complete(body)
+        if path.endswith("_lora_adapter"):
+            return self._adapter(path, body)
         if not self.dev:
             return httpx.Response(404, json={"detail": "Not Found"})
+        if path == "/sleep":
+            self.sleeping = request.url.params["level"]
+            self.paused = True
+        if path == "/wake_up" and tags == "kv_cache":
+            self.sleeping, self.paused = None, False
         if path == "/weight_info":
             return httpx.Response(200, json={"weight_version": self.tag})
+        if path == "/update_weights" and self.broken:
+            self.closed = True
+            return httpx.Response(500, json={"error": {"message": "Worker failed with error ''"}})
         if path == "/update_weights" and not self.deaf:
             self._load(Path(body["update_info"]["folder"]))
         if path == "/finish_weight_update":
             self.tag = body["weight_version"]
+        if path == "/update_weight_version":
+            self.tag = body["new_version"]
         self.paused = path == "/pause" or (self.paused and path != "/resume")
         return httpx.Response(200, json={"success": True})
+
+    def _adapter(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        layers, name = adapters(self.model), body["lora_name"]
+        if not layers:
+            return httpx.Response(500, json={"error": {"message": "LoRA is not enabled."}})
+        if path == "/v1/unload_lora_adapter":
+            if name not in self.served:
+                return httpx.Response(404, json={"error": {"message": f"The lora adapter '{name}' cannot be found."}})
+            self.served.remove(name)
+            return httpx.Response(200, text="Success")
+        found = load_file(Path(body["lora_path"]) / "adapter_model.safetensors")
+        with torch.no_grad():
+            for layer in layers:
+                for part in ("lora_A", "lora_B"):
+                    getattr(layers[layer], part).copy_(found[f"base_model.model.{layer}.{part}.weight"])
+        self.served.append(name)
+        return httpx.Response(200, text="Success")
 
     def _load(self, folder: Path) -> None:
         for file in folder.glob("*.safetensors"):

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from retool.config import EngineConfig, LoraConfig
 from retool.engines.base import EngineError, ForkProbe, Sampling
 from retool.engines.text import Pieces
 from retool.engines.vllm_adapter import Chunk, Server, ServerLost, ServerRefused, parse_event, request_body
 from retool.engines.vllm_engine import ProbeMismatch, VllmEngine
-from retool.engines.vllm_open import check_heads
+from retool.engines.vllm_open import check_heads, sleeps
 from retool.engines.vllm_server import arguments, find_python, write_plugin
 from retool.engines.vllm_turn import Replica, Turn, new_thread
 from retool.errors import UserError
+from retool.lora import adapters, add_adapters
 from retool.recipe import default_recipe
 from tests.engines.contract import WeightsContract
 from tests.engines.fake_vllm import FakeVllm
@@ -198,7 +200,7 @@ async def test_a_server_that_was_started_anew_is_noticed(monkeypatch: pytest.Mon
     with pytest.raises(ServerLost, match="started anew"):
         await session.generate(Sampling(3))
     again = await engine.open(session.ids, seed=0)
-    assert server.tag == engine._tag and (await again.generate(Sampling(3))).ids
+    assert server.tag == engine._files.tag and (await again.generate(Sampling(3))).ids
     await engine.close()
 
 
@@ -225,9 +227,66 @@ async def test_a_server_that_keeps_old_weights_stops_the_run() -> None:
     await engine.close()
 
 
+@pytest.mark.parametrize("how", ["file", "adapter"])
+async def test_a_server_sleeps_while_the_learner_works_and_wakes_for_new_weights(how: Any) -> None:
+    server = FakeVllm(adapted() if how == "adapter" else speaker("tags"))
+    model = adapted() if how == "adapter" else speaker("tags")
+    servers = [Server("http://vllm", transport=server)]
+    engine = VllmEngine(model, TOK, servers, context=128, weight_sync=how, sleep=True)
+    session = await engine.open(encode(TOK, PROMPT), seed=0)
+    await session.generate(Sampling(3))
+    server.calls.clear()
+    await engine.rest()
+    await engine.rest()
+    assert server.calls == ["/sleep"] and server.sleeping == ("1" if how == "adapter" else "2")
+    turn = asyncio.create_task(session.generate(Sampling(3)))  # waits for the update
+    await asyncio.sleep(0.05)
+    assert server.calls == ["/sleep"] and not turn.done()
+    await engine.sync(None, 1)
+    assert (await turn).versions == ((0, 1),)
+    steps = [c for c in server.calls if c != "/v1/completions"]
+    loads = {
+        "file": ["/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"],
+        "adapter": ["/weight_info", "/v1/load_lora_adapter", "/update_weight_version", "/v1/unload_lora_adapter"],
+    }
+    assert steps == ["/sleep", "/wake_up?weights", *loads[how], "/reset_prefix_cache", "/wake_up?kv_cache"]
+    assert server.sleeping is None and engine.largest_gap <= 1e-4
+    await engine.sync(None, 2)  # without a rest before it
+    assert server.calls.count("/sleep") == 1 and "/pause" in server.calls
+    await engine.close()
+
+
+async def test_engines_that_do_not_sleep_do_not_rest() -> None:
+    engine, (server,) = fakes("tags")
+    await engine.sync(None, 0)
+    await engine.rest()
+    assert "/sleep" not in server.calls
+    await engine.close()
+
+
+def test_sleep_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not sleeps(EngineConfig(kind="vllm"))
+    with pytest.raises(UserError, match=r"engine\.sleep: there is no GPU here"):
+        sleeps(EngineConfig(kind="vllm", sleep=True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert sleeps(EngineConfig(kind="vllm")) and not sleeps(EngineConfig(kind="vllm", sleep=False))
+    theirs = {"kind": "vllm", "urls": ("http://a:1",), "share": "/x"}
+    assert not sleeps(EngineConfig(**theirs)) and sleeps(EngineConfig(**theirs, sleep=True))
+
+
+async def test_a_server_that_cannot_load_the_first_weights_has_another_model() -> None:
+    engine, (server,) = fakes("tags")
+    server.broken = True
+    with pytest.raises(UserError, match=r"did not take this run's weights.*same model.*answered 500: Worker failed"):
+        await engine.sync(None, 0)
+    assert not server.paused
+    await engine.close()
+
+
 def held(engine: VllmEngine) -> list[Path]:
     """What lies in the shared folder."""
-    return list(engine._share.glob("*"))
+    return list(engine._files._share.glob("*"))
 
 
 async def test_an_update_pauses_loads_drops_the_cache_and_resumes() -> None:
@@ -241,6 +300,58 @@ async def test_an_update_pauses_loads_drops_the_cache_and_resumes() -> None:
     assert len(held(engine)) == 1  # only the newest weights are kept
     await engine.close()
     assert not held(engine) and server.left_open == 0
+
+
+def adapted(seed: int = 0) -> Any:
+    """The model with adapters that change what it says."""
+    model = speaker("tags")
+    add_adapters(model, LoraConfig(rank=4), seed)
+    return model
+
+
+async def test_an_adapter_goes_over_alone_and_the_one_before_is_forgotten() -> None:
+    server = FakeVllm(adapted())
+    model = adapted(seed=1)
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_B.normal_(std=0.3)
+    engine = VllmEngine(
+        model, TOK, [Server("http://vllm", transport=server)], context=128, start_s=5.0, weight_sync="adapter"
+    )
+    session = await engine.open(encode(TOK, PROMPT), seed=0)
+    await session.generate(Sampling(3))
+    assert "/update_weights" not in server.calls and len(server.served) == 1
+    (folder,) = held(engine)
+    assert {p.name for p in folder.iterdir()} == {"adapter_model.safetensors", "adapter_config.json"}
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_B.mul_(0.5)
+    await engine.sync(None, 1)
+    assert server.served == [f"policy-{engine._files.tag}"] and server.tag == engine._files.tag
+    assert (await session.generate(Sampling(3))).versions == ((0, 1),)
+    assert server.bodies[-1]["model"] == server.served[0] and engine.largest_gap <= 1e-4
+    await engine.close()
+
+
+async def test_a_server_without_room_for_adapters_is_refused() -> None:
+    server = Server("http://vllm", transport=FakeVllm(speaker("tags")))
+    engine = VllmEngine(adapted(), TOK, [server], context=128, weight_sync="adapter", start_s=0.3)
+    with pytest.raises(EngineError, match=r"--enable-lora.*engine\.weight_sync=file"):
+        await engine.sync(None, 0)
+    await engine.close()
+
+
+async def test_whole_weights_have_their_adapters_merged() -> None:
+    fake, model = FakeVllm(speaker("tags")), adapted()
+    with torch.no_grad():
+        for layer in adapters(model).values():
+            layer.lora_B.normal_(std=0.3)
+    engine = VllmEngine(model, TOK, [Server("http://vllm", transport=fake)], context=128)
+    await engine.sync(None, 0)
+    assert engine.largest_gap <= 1e-4
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(fake.model.state_dict()[name], fake.first[name])
+    await engine.close()
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 
+from retool.config import LoraConfig
 from retool.engines.base import EngineError, Sampling
 from retool.engines.transformers_engine import TransformersEngine
 from retool.engines.vllm_adapter import Server
 from retool.engines.vllm_engine import ProbeMismatch, VllmEngine
+from retool.engines.vllm_weights import lora_arguments
+from retool.lora import adapters, add_adapters
 from retool.recipe import load_recipe
 from retool.train import train
-from tests.engines.contract import WeightsContract
+from tests.engines.contract import WeightsContract, ticks
 from tests.engines.speakers import PROMPT, RESULT, STOP, TURN, encode
 from tests.engines.vllm_servers import LONG, Fleet, answers, model_of, python, start, tokenizer_of
 
@@ -91,7 +94,7 @@ async def test_the_same_episode_through_both_engines(fleet: Fleet, kind: str, sa
 async def test_prefill_grows_with_what_is_new_not_with_the_square(fleet: Fleet) -> None:
     """Blocks of 32 tokens are cached whole, so a turn may compute up to 32 tokens again, never the whole prefix."""
     engine, tok = fleet.engine("tags", context=LONG), tokenizer_of("tags")
-    server = Server(fleet.servers["tags"].url)
+    server = Server(fleet.server("tags").url)
     prompt, result = encode(tok, PROMPT * 9), encode(tok, RESULT * 5)
     session = await engine.open(prompt, seed=1)
 
@@ -167,9 +170,7 @@ async def test_eight_trajectories_survive_updates_in_flight(fleet: Fleet) -> Non
 
     running = [asyncio.create_task(one(i)) for i in range(8)]
     for version in (1, 2):
-        seen = engine.stats()["ticks"]
-        while engine.stats()["ticks"] < seen + 40:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        await ticks(engine, engine.stats()["ticks"] + 40)
         await engine.sync(None, version)
     said = await asyncio.gather(*running)
     assert all(len(c.ids) == 200 and c.finish == "length" for c in said)
@@ -186,44 +187,95 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
         engine = fleet.engine("tags", context=LONG, urls=(own.url,), local={own.url: own})
         tok = tokenizer_of("tags")
         sessions = [await engine.open(encode(tok, PROMPT), seed=i) for i in range(4)]
-        assert sorted(s.url for s in sessions) == sorted([own.url, fleet.servers["tags"].url] * 2)  # least loaded
+        assert sorted(s.url for s in sessions) == sorted([own.url, fleet.server("tags").url] * 2)  # least loaded
         lost = next(s for s in sessions if s.url == own.url)
         turn = asyncio.create_task(lost.generate(Sampling(480, temperature=1.0, min_tokens=480)))
-        while not engine.stats()["ticks"]:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        await ticks(engine, 1)
         assert own._process is not None
         os.killpg(own._process.pid, signal.SIGKILL)
         with pytest.raises(EngineError):
             await turn
         await lost.close()
         again = await engine.open(lost.ids, seed=0)
-        assert again.url == fleet.servers["tags"].url
+        assert again.url == fleet.server("tags").url
         assert tok.decode((await again.generate(Sampling(64, temperature=0, stop=(STOP,)))).ids) == TURN.rstrip("\n")
         with torch.no_grad():
             engine._model.lm_head.weight.mul_(1.05)
         await engine.sync(None, 1)
-        end = time.monotonic() + 300
+        end = time.monotonic() + 600
         while any(not r.good for r in engine._replicas) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.5)
-        assert all(r.good and r.tag == engine._tag for r in engine._replicas)
+        assert all(r.good and r.tag == engine._files.tag for r in engine._replicas)
         # the lifeline: a server whose starter is gone ends itself
         process = own._process
         assert process is not None and process.stdin is not None
         process.stdin.close()
-        assert await asyncio.to_thread(process.wait, 30) != 0
+        assert await asyncio.to_thread(process.wait, 300) != 0
         await engine.close()
     finally:
         await asyncio.to_thread(own.remove)
 
 
-async def test_a_recipe_trains_with_a_server_of_its_own(tmp_path: Path) -> None:
+async def test_adapters_go_over_alone_and_say_what_the_learner_says(tmp_path: Path) -> None:
+    """Over three versions: greedy ids and log-probs of the served adapter are those of the embedded engine, the cache
+    is forgotten, and a running turn goes on under the new adapter."""
+    model, tok = model_of("tags"), tokenizer_of("tags")
+    add_adapters(model, LoraConfig(rank=4), seed=0)
+    own = await asyncio.to_thread(start, "tags", tmp_path / "model", lora_arguments(4))
+    try:
+        await asyncio.to_thread(answers, own)
+        options: dict[str, Any] = {"context": LONG, "local": {own.url: own}, "weight_sync": "adapter"}
+        engine = VllmEngine(model, tok, [Server(own.url)], **options)
+        ours = TransformersEngine(model, tok, slots=4, context=LONG)
+        for version in range(3):
+            await engine.sync(None, version)
+            await ours.sync(None, version)
+            assert engine.largest_gap <= 1e-4
+            said = []
+            for each in (engine, ours):
+                session = await each.open(encode(tok, PROMPT * 5), seed=1)
+                for _ in range(2):
+                    said.append(await session.generate(Sampling(40, temperature=0, min_tokens=20)))
+                    await session.append(encode(tok, RESULT))
+            for a, b in ((said[0], said[2]), (said[1], said[3])):
+                assert a.ids == b.ids and a.versions == b.versions == ((0, version),)
+                assert max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)) <= 1e-4
+            with torch.no_grad():
+                for layer in adapters(model).values():
+                    layer.lora_B.add_(0.1 * torch.randn_like(layer.lora_B))
+        assert len({c.ids for c in (said[0], said[1])}) == 2
+        running = asyncio.create_task(session_turn(engine, encode(tok, PROMPT)))
+        await ticks(engine, engine.stats()["ticks"] + 3)
+        await engine.sync(None, 9)
+        assert [v for _, v in (await running).versions] == [2, 9]
+        assert own._process is not None  # a server that was lost starts from the base and gets the newest adapter
+        os.killpg(own._process.pid, signal.SIGKILL)
+        with pytest.raises(EngineError):
+            await session_turn(engine, encode(tok, PROMPT))
+        assert (await session_turn(engine, encode(tok, PROMPT), 5)).versions == ((0, 9),)
+        assert engine.largest_gap <= 1e-4
+        await ours.close()
+        await engine.close()
+    finally:
+        await asyncio.to_thread(own.remove)
+
+
+async def session_turn(engine: VllmEngine, prompt: list[int], tokens: int = 400) -> Any:
+    """One turn of a new trajectory."""
+    session = await engine.open(prompt, seed=1)
+    return await session.generate(Sampling(tokens, min_tokens=tokens))
+
+
+@pytest.mark.parametrize("more", [[], ["model.lora.rank=4", "learner.lr=1e-2"]], ids=["whole", "adapters"])
+async def test_a_recipe_trains_with_a_server_of_its_own(more: list[str], tmp_path: Path) -> None:
     if python() is None:
         pytest.skip("no interpreter with vLLM: `make test-vllm` makes one, or set RETOOL_VLLM_PYTHON")
     overrides = ["engine.kind=vllm", "deterministic=false", "steps=2", f"out={tmp_path / 'run'}"]
     overrides += ["model.tiny.hidden=64", "model.tiny.heads=2", "learner.threads=1", f"engine.python={python()}"]
-    recipe = load_recipe("recipes/tiny.yaml", overrides)
+    recipe = load_recipe("recipes/tiny.yaml", [*overrides, *more])
     result = await train(recipe)
     assert len(result.metrics) == 2
     for step, m in enumerate(result.metrics):
         assert m["version"] >= step and m["count/trajectories"] == 16 * (step + 1)
         assert m.get("count/infra_failures", 0) == 0 and m.get("count/stale_turns", 0) == 0
+        assert m["max_logprob_gap"] <= 1e-4 and m["grad_norm/policy"] > 0

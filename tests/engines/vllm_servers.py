@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -40,14 +42,14 @@ def model_of(kind: str) -> Any:
     return speaker(kind, head_dim=32, tied=TIED[kind], context=LONG, seed=SEED[kind])
 
 
-def start(kind: str, folder: Path) -> LocalServer:
-    """A server that will answer soon."""
+def start(kind: str, folder: Path, more: Sequence[str] = ()) -> LocalServer:
+    """A server that will answer soon. `more`: further arguments for vLLM."""
     found = python()
     if found is None:
         pytest.skip("no interpreter with vLLM: `make test-vllm` makes one, or set RETOOL_VLLM_PYTHON")
     model_of(kind).save_pretrained(folder)
     tokenizer_of(kind).save_pretrained(folder)
-    server = LocalServer.new(found, str(folder), context=LONG, slots=16, cpu=True)
+    server = LocalServer.new(found, str(folder), context=LONG, slots=16, cpu=True, more=more)
     server.start()
     return server
 
@@ -66,24 +68,26 @@ def answers(server: LocalServer) -> None:
 
 
 class Fleet:
-    """The servers of a test session by kind."""
+    """The servers of a test session by kind, each started when it is first asked for."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._stack = ExitStack()
-        self.servers: dict[str, LocalServer] = {}
-        try:
-            for kind in TIED:
-                server = self.servers[kind] = start(kind, folder / kind)
-                self._stack.callback(server.remove)
-            for server in self.servers.values():
-                answers(server)
-        except BaseException:
-            self._stack.close()
-            raise
+        self._servers: dict[str, LocalServer] = {}
+
+    def server(self, kind: str) -> LocalServer:
+        """It answers."""
+        if kind not in self._servers:
+            server = start(kind, self._folder / kind)
+            self._stack.callback(server.remove)
+            with ThreadPoolExecutor(1) as pool:  # a loop of its own: tests are inside one already
+                pool.submit(answers, server).result()
+            self._servers[kind] = server
+        return self._servers[kind]
 
     def engine(self, kind: str, context: int = 128, urls: tuple[str, ...] = (), **options: Any) -> VllmEngine:
         """A new engine over a shared server."""
-        servers = [Server(u) for u in (self.servers[kind].url, *urls)]
+        servers = [Server(u) for u in (self.server(kind).url, *urls)]
         return VllmEngine(model_of(kind), tokenizer_of(kind), servers, context=context, **options)
 
     def close(self) -> None:

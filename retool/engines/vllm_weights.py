@@ -1,0 +1,103 @@
+"""The learner's weights on their way to vLLM servers: files in a folder that both see, one folder a version."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retool.engines.vllm_adapter import How
+from retool.errors import UserError
+from retool.lora import base_tensors, has_adapters, merged, write_adapter
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM makes room for
+
+
+class WeightFiles:
+    """Writes `model`'s weights into `share` (default: a temporary folder, in memory where the system has one).
+
+    `how`: `adapter` writes the adapters alone, `file` and `reload` whole weights with the adapters added. `folder` and
+    `tag`: of the newest version.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, share: str | Path | None, how: How) -> None:
+        if how == "adapter" and not has_adapters(model):
+            raise ValueError("weight_sync adapter needs a model with adapters")
+        self.how: How = how
+        self.folder: Path | None = None
+        self.tag = ""
+        self._model, self._tokenizer = model, tokenizer
+        self._own = share is None
+        self._share = Path(share) if share is not None else _temporary()
+        self._run = uuid.uuid4().hex[:8]
+        self._count = 0
+
+    def save(self, startable: bool) -> Path | None:
+        """Write them as they are now; gives back the folder of the version before, for `drop`. `startable`: with all
+        that a server needs to start from this folder."""
+        self._count += 1
+        self.tag = f"{self._run}.{self._count}"
+        old, self.folder = self.folder, self._share / f"weights-{self.tag}"
+        if self.how == "adapter":
+            write_adapter(self._model, self._model.state_dict(), self.folder)
+            return old
+        save_merged(self._model, self.folder)
+        if startable:
+            self._tokenizer.save_pretrained(self.folder)
+        return old
+
+    @property
+    def start(self) -> str | None:
+        """The folder that a server can be started from; None: where it was started first."""
+        return None if self.how == "adapter" else str(self.folder)
+
+    def close(self) -> None:
+        """Delete what was written."""
+        drop(self._share if self._own else self.folder)
+
+    @torch.no_grad()
+    def logprobs(self, ids: list[int], start: int) -> list[float]:
+        """Log-probs of `ids[start:]` under the learner's weights."""
+        device = next(self._model.parameters()).device
+        logits = self._model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0].float()
+        logp = torch.log_softmax(logits[start - 1 : -1], -1)
+        return [float(x) for x in logp.gather(-1, torch.tensor(ids[start:], device=device)[:, None])[:, 0]]
+
+
+def drop(folder: Path | None) -> None:
+    """Delete a folder, if there is one."""
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def save_merged(model: Any, folder: Path) -> None:
+    """An ordinary model folder; adapters are added to the weights."""
+    if has_adapters(model):
+        model.save_pretrained(folder, state_dict=merged(model, model.state_dict()))
+    else:
+        model.save_pretrained(folder)
+
+
+def save_base(model: Any, folder: Path) -> None:
+    """An ordinary model folder of what the adapters were put on."""
+    model.save_pretrained(folder, state_dict=base_tensors(model.state_dict()))
+
+
+def lora_arguments(rank: int) -> list[str]:
+    """What a vLLM server needs to take adapters of that rank. Raises `UserError` when it cannot."""
+    room = next((r for r in LORA_RANKS if r >= rank), None)
+    if room is None:
+        raise UserError(
+            f"model.lora.rank is {rank}: vLLM takes adapters up to rank {LORA_RANKS[-1]}; set engine.weight_sync=file"
+        )
+    return ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(room)]
+
+
+def _temporary() -> Path:
+    """A private folder, in memory where the system has one."""
+    memory = Path("/dev/shm")
+    return Path(tempfile.mkdtemp(prefix="retool-weights-", dir=memory if memory.is_dir() else None))
