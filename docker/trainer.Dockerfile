@@ -33,7 +33,7 @@ FROM ${BASE}
 COPY --from=build /opt/retool /opt/retool
 ENV PATH=/opt/retool/bin:/usr/local/bin:/usr/bin:/bin PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false \
     HOME=/srv/retool USER=retool HF_HOME=/srv/retool/models MPLCONFIGDIR=/tmp/matplotlib
-RUN mkdir -p /srv/retool/runs /srv/retool/models /srv/retool/reports && chown -R 1000:1000 /srv/retool
+RUN mkdir -p /srv/retool/runs /srv/retool/models /srv/retool/reports /srv/retool/engine && chown -R 1000:1000 /srv/retool
 COPY recipes/ /srv/retool/recipes/
 USER 1000:1000
 WORKDIR /srv/retool

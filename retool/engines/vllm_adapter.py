@@ -172,6 +172,11 @@ class Server:
             )
         return int(found["max_model_len"])
 
+    async def root(self) -> str:
+        """Path of the model that it was started with."""
+        models = (await self._get("/v1/models"))["data"]
+        return next((str(m.get("root", "")) for m in models if m["id"] == MODEL), "")
+
     async def weight_version(self) -> str:
         """The tag of the weights it has; a fresh server says `default`."""
         return str((await self._get("/weight_info"))["weight_version"])

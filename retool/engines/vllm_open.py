@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,13 @@ from retool.config import EngineConfig
 from retool.engines.vllm_adapter import CPU_HEAD_SIZES, How, Server, ServerLost
 from retool.engines.vllm_engine import VllmEngine
 from retool.engines.vllm_server import LocalServer, find_python
-from retool.engines.vllm_weights import lora_arguments, save_base, save_merged
+from retool.engines.vllm_share import Share, Start, digest_of, is_start
+from retool.engines.vllm_weights import digest_of_base, lora_arguments, save_base, save_merged
 from retool.errors import UserError
 from retool.lora import adapters, has_adapters
+
+_log = logging.getLogger(__name__)
+_TELL_EVERY_S = 15.0
 
 
 async def open_vllm(config: EngineConfig, model: Any, tokenizer: Any) -> VllmEngine:
@@ -26,41 +33,103 @@ async def open_vllm(config: EngineConfig, model: Any, tokenizer: Any) -> VllmEng
     if longest is not None and context > longest:
         raise UserError(f"engine.context is {context}, but the model knows only {longest} positions")
     if config.urls:
-        servers = [Server(url.rstrip("/"), config.turn_s) for url in config.urls]
-        local: dict[str, LocalServer] = {}
-        try:
-            await asyncio.gather(*(_answers(s, config.start_s) for s in servers))
-        except BaseException:
-            for server in servers:
-                await server.close()
-            raise
-    else:
-        own = await _start(config, model, tokenizer, context)
-        servers, local = [Server(own.url, config.turn_s)], {own.url: own}
+        return await _join(config, model, tokenizer, context)
+    own = await _start(config, model, tokenizer, context)
+    local = {own.url: own}
     return VllmEngine(
-        model,
-        tokenizer,
-        servers,
-        context=context,
-        share=config.share,
-        weight_sync=how_of(config, model),
-        probe_tolerance=config.probe_tolerance,
-        start_s=config.start_s,
-        local=local,
-        sleep=sleeps(config),
+        model, tokenizer, [Server(own.url, config.turn_s)], local=local, **_options(config, model, context)
     )
 
 
-async def _answers(server: Server, seconds: float) -> None:
-    """Wait for a server that somebody else starts."""
-    end = time.monotonic() + seconds
+def _options(config: EngineConfig, model: Any, context: int) -> dict[str, Any]:
+    return {
+        "context": context,
+        "share": config.share,
+        "weight_sync": how_of(config, model),
+        "probe_tolerance": config.probe_tolerance,
+        "start_s": config.start_s,
+        "sleep": sleeps(config),
+    }
+
+
+class _SharedEngine(VllmEngine):
+    """Over servers that others started; gives the shared folder free when it is closed."""
+
+    hold: Share
+
+    async def close(self) -> None:
+        await super().close()
+        self.hold.release()
+
+
+async def _join(config: EngineConfig, model: Any, tokenizer: Any, context: int) -> VllmEngine:
+    """Over servers at `engine.urls`; those that follow `engine.share` are told what to begin with."""
+    assert config.share is not None
+    share = await asyncio.to_thread(Share, config.share)
+    servers = [Server(url.rstrip("/"), config.turn_s) for url in config.urls]
+    try:
+        start = None
+        if not all(await asyncio.gather(*(_by_hand(s) for s in servers))):
+            start = await asyncio.to_thread(_publish, config, share, model, tokenizer, context)
+        await asyncio.gather(*(answers(s, config.start_s, start) for s in servers))
+        await asyncio.to_thread(share.sweep)
+        engine = _SharedEngine(model, tokenizer, servers, **_options(config, model, context))
+        engine.hold = share
+        return engine
+    except BaseException:
+        for server in servers:
+            await server.close()
+        share.release()
+        raise
+
+
+async def _by_hand(server: Server) -> bool:
+    """Whether it answers and was started with a model of its own."""
+    try:
+        await server.check()
+        return not is_start(await server.root())
+    except ServerLost:
+        return False
+
+
+def _publish(config: EngineConfig, share: Share, model: Any, tokenizer: Any, context: int) -> Start:
+    """Put the model into the shared folder, where servers that can take its weights do not have it already."""
+    adapter = how_of(config, model) == "adapter"
+    about = model.config.to_dict() | ({"base": digest_of_base(model)} if adapter else {})
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        digest = digest_of(type(model).__name__, about, Path(folder))
+
+    def save(target: Path) -> None:
+        (save_base if adapter else save_merged)(model, target)
+        tokenizer.save_pretrained(target)
+
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return share.begin(digest, save, dtype=dtype, context=context, slots=config.slots)
+
+
+async def answers(server: Server, seconds: float, start: Start | None = None) -> None:
+    """Wait for a server that somebody else starts, and that begins with `start` if it follows a shared folder.
+    Raises `UserError` when it does not come in time."""
+    begun = told = time.monotonic()
     while True:
         try:
             await server.check()
-            return
+            root = await server.root()
+            if start is None or not is_start(root) or Path(root).name == start.folder:
+                return
+            why = f"{server.url} still has the model of an earlier run"
         except ServerLost as error:
-            if time.monotonic() > end:
-                raise UserError(f"engine.urls: no answer within engine.start_s ({seconds:g} s): {error}") from error
+            why = str(error)
+        now = time.monotonic()
+        if now - begun > seconds:
+            raise UserError(
+                f"engine.urls: not ready within engine.start_s ({seconds:g} s): {why}; see what the server prints, and "
+                "whether it was started with --share and the folder of engine.share"
+            )
+        if now - told > _TELL_EVERY_S:
+            told = now
+            _log.warning("waiting for vLLM for %.0f s of at most %g: %s", now - begun, seconds, why)
         await asyncio.sleep(1.0)
 
 

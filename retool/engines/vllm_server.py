@@ -1,6 +1,10 @@
 """Starts and stops a vLLM server that has what retool needs; also by hand, for `engine.urls`:
 
+    python -m retool.engines.vllm_server --share FOLDER --host 0.0.0.0 --port 8000 [more vLLM arguments]
     python -m retool.engines.vllm_server MODEL --host 0.0.0.0 --port 8000 [--dtype bfloat16] [more vLLM arguments]
+
+The first serves what a run with `engine.share=FOLDER` puts there, and begins anew when a run brings another model
+(vllm_keeper.py); the second serves MODEL only.
 
 Such a server lets whoever reaches it load weights: keep it on a private network. One that a run starts for itself
 listens on a unix socket in a folder that only its user can open, and ends when the run does, even by `kill -9`.
@@ -8,6 +12,7 @@ listens on a unix socket in a folder that only its user can open, and ends when 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import os
@@ -20,7 +25,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from retool.errors import UserError
 
@@ -90,7 +95,35 @@ def environment(plugin: Path, *, cpu: bool) -> dict[str, str]:
     if cpu:
         made.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
         made.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        if shutil.which("g++") is None:
+            made.setdefault("TORCH_COMPILE_DISABLE", "1")  # the sampler's few compiled functions want a compiler
     return made
+
+
+def spawn(
+    python: str, plugin: Path, command: Sequence[str], env: Mapping[str, str], output: IO[bytes] | None
+) -> subprocess.Popen[bytes]:
+    """A server that ends when this process does, however that goes. `output`: its log; None: where ours goes."""
+    return subprocess.Popen(
+        [python, str(plugin / "retool_vllm" / "launch.py"), *command],
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output and subprocess.STDOUT,
+        env={**env, "RETOOL_LIFELINE": "1"},
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End what `spawn` started, with all its processes."""
+    if process.poll() is None:
+        _signal(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    _signal(process.pid, signal.SIGKILL)  # whoever of its group is left
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
 
 
 class LocalServer:
@@ -122,14 +155,7 @@ class LocalServer:
         command = arguments(self._model, where=["--uds", str(self.socket)], **self._options)
         env = environment(plugin, cpu=bool(self._options.get("cpu")))
         with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [self._python, str(plugin / "retool_vllm" / "launch.py"), *command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**env, "RETOOL_LIFELINE": "1"},
-                start_new_session=True,
-            )
+            self._process = spawn(self._python, plugin, command, env, log)
 
     async def wait(self, seconds: float, ready: Any) -> None:
         """Until `await ready()` raises no more. Raises `UserError` with the log's end when it dies or is late."""
@@ -164,14 +190,7 @@ class LocalServer:
         process, self._process = self._process, None
         if process is None:
             return
-        if process.poll() is None:
-            _signal(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-        _signal(process.pid, signal.SIGKILL)  # whoever of its group is left
-        process.wait()
-        if process.stdin is not None:
-            process.stdin.close()
+        end(process)
         self.socket.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -185,31 +204,47 @@ def _signal(group: int, number: signal.Signals) -> None:
         os.killpg(group, number)
 
 
-def main(argv: Sequence[str], env: Mapping[str, str] = os.environ) -> None:
-    """Become the server."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m retool.engines.vllm_server", description=__doc__)
-    parser.add_argument("model")
+def main(argv: Sequence[str]) -> None:
+    """Become the server, or its keeper."""
+    model = [argv[0]] if argv and not argv[0].startswith("-") else []
+    parser = argparse.ArgumentParser(
+        prog="python -m retool.engines.vllm_server",
+        usage="%(prog)s MODEL|--share FOLDER [options] [more arguments of vLLM]",
+        description="A vLLM server for engine.urls.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--share", help="serve what a run with engine.share=FOLDER puts there, and wait for it")
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", default="8000")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--context", type=int)
-    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument(
+        "--health-port", type=int, help="with --share: answer /health there also while there is no model"
+    )
+    parser.add_argument("--dtype", help="default: float32, with --share what the run says")
+    parser.add_argument("--context", type=int, help="longest trajectory; default: the model's, with --share the run's")
+    parser.add_argument("--slots", type=int, help="sequences side by side; default: 64, with --share the run's")
     parser.add_argument("--cpu", action="store_true", help="settings for a machine without a GPU")
     parser.add_argument("--python", help="interpreter that has vLLM")
-    known, more = parser.parse_known_args(argv)
+    known, more = parser.parse_known_args(argv[len(model) :])
+    if bool(model) == bool(known.share):
+        parser.error("name the model first, or give --share FOLDER, and not both")
     try:
         python = find_python(known.python)
     except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+        parser.error(str(error))
+    if known.share:
+        from retool.engines.vllm_keeper import Keeper
+
+        same = {key: getattr(known, key) for key in ("cpu", "dtype", "context", "slots")}
+        share = Path(known.share).absolute()
+        Keeper(share, python, known.host, known.port, more=more, **same).run(known.health_port)
+        return
     plugin = write_plugin(Path(tempfile.mkdtemp(prefix="retool-vllm-")))
     command = arguments(
-        known.model,
-        where=["--host", known.host, "--port", known.port],
-        dtype=known.dtype,
+        model[0],
+        where=["--host", known.host, "--port", str(known.port)],
+        dtype=known.dtype or "float32",
         context=known.context,
-        slots=known.slots,
+        slots=known.slots or 64,
         cpu=known.cpu,
         more=more,
     )

