@@ -195,5 +195,5 @@ def check_heads(model: Any) -> None:
     if size not in CPU_HEAD_SIZES:
         raise UserError(
             f"engine.kind vllm: on CPU vLLM knows attention heads of {', '.join(map(str, CPU_HEAD_SIZES))} numbers, "
-            f"this model has {size}; a tiny model can have others, e.g. model.tiny.hidden=128 model.tiny.heads=4"
+            f"this model has {size}; a tiny model can have others: model.tiny.head_dim=32"
         )

@@ -384,7 +384,7 @@ def test_recipes_that_cannot_work_are_refused(overrides: list[str], match: str) 
 
 
 def test_heads_that_vllm_does_not_know_on_cpu_are_named() -> None:
-    with pytest.raises(UserError, match=r"this model has 16.*model\.tiny\.hidden=128"):
+    with pytest.raises(UserError, match=r"this model has 16.*model\.tiny\.head_dim=32"):
         check_heads(speaker("tags"))
     check_heads(speaker("tags", head_dim=32))
 
