@@ -25,6 +25,7 @@ from retool.files import write_json
 
 _NAME = re.compile(r"start-[0-9a-f]{12}-[0-9a-f]{8}")
 _VOLATILE = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+_WHERE_FROM = ("name_or_path", "is_local", "local_files_only", "_commit_hash")  # of a tokenizer
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,10 @@ def digest_of(kind: str, config: dict[str, object], tokenizer: Path) -> str:
     told = hashlib.sha256(json.dumps([kind, known], sort_keys=True, default=str).encode())
     for file in sorted(tokenizer.rglob("*")):
         if file.is_file():
+            data = file.read_bytes()
+            if file.name == "tokenizer_config.json":
+                kept = {key: value for key, value in json.loads(data).items() if key not in _WHERE_FROM}
+                data = json.dumps(kept, sort_keys=True).encode()
             told.update(file.relative_to(tokenizer).as_posix().encode() + b"\0")
-            told.update(hashlib.sha256(file.read_bytes()).digest())
+            told.update(hashlib.sha256(data).digest())
     return told.hexdigest()[:12]

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from retool.config import EngineConfig
 from retool.engines.vllm_adapter import Server
@@ -130,6 +132,9 @@ def test_models_that_can_exchange_weights_have_one_name(tmp_path: Path) -> None:
     tag_tokenizer().save_pretrained(tmp_path)
     config = speaker("tags").config.to_dict()
     name = digest_of("Llama", config, tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")  # it writes down where it is from
+    shutil.move(tmp_path / "again", again := tmp_path.with_name("again"))
+    assert digest_of("Llama", config, again) == name
     assert name == digest_of("Llama", {**config, "_name_or_path": "x", "transformers_version": "1"}, tmp_path)
     others = [digest_of("Qwen", config, tmp_path), digest_of("Llama", {**config, "rope_theta": 7.0}, tmp_path)]
     (tmp_path / "tokenizer.json").write_text("{}")
