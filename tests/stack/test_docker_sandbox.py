@@ -65,7 +65,7 @@ def test_the_stack_hardens_its_sandbox_just_so() -> None:
     service = stacked["services"]["sandbox"]
     for key in ("init", "read_only", "cap_drop", "cap_add", "security_opt", "ipc", "tmpfs", "pids_limit", "networks"):
         assert service[key] == alone[key], key
-    assert stacked["networks"] == {"sandbox": {"internal": True}}
+    assert stacked["networks"] == {"sandbox": {"internal": True}, "engine": {"internal": True}}
     assert not {"privileged", "volumes", "environment", "ports", "network_mode", "pid"} & set(service)
 
 
