@@ -24,7 +24,7 @@ SMALL = (
     "deterministic=false",
     "data.problems.count=200",
     "data.tool_share=1.0",
-    "sft.steps=120",
+    "sft.steps=240",
     "sft.batch_size=32",
     "eval.problems.count=12",
 )
