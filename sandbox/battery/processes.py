@@ -88,6 +88,13 @@ attempt("keep capabilities", lambda: prctl(8, 1))
 attempt("ambient capability", lambda: prctl(47, 4))
 attempt("machine-check policy", lambda: prctl(33, 0, 0))
 """
+_SHARED = """
+def shared():
+    with open("/proc/self/maps") as maps:
+        rights = [line.split()[1] for line in maps]
+    return [found for found in rights if "w" in found and found.endswith("s")][0]
+attempt("find memory that others can write", shared)
+"""
 _ROBUST = """
 import struct
 victim = told["pid"]
@@ -183,6 +190,13 @@ ATTACKS = (
     Attack("priorities and limits of others", "own #64", _PRIORITY),
     Attack("prctl games", "own", _PRCTL),
     Attack("robust futex lists", "own", _ROBUST),
+    Attack(
+        "memory shared with other runs",
+        "own",
+        _SHARED,
+        control=Control.NONE,
+        why="there is no other run without the sandbox",
+    ),
     Attack("run a program from memory", "#52", _MEMFD, tiers=_NO_PROCESSES),
     Attack("shell", "#53", _SHELL, tiers=_NO_PROCESSES),
     Attack("set-user-id and capabilities", "#49", _SET_ID, tiers=_NO_PROCESSES),

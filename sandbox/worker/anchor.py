@@ -28,7 +28,9 @@ class Anchor:
 
     def __init__(self, lifeline: int) -> None:
         self.lifeline = lifeline
-        self._memory = mmap.mmap(-1, _STACK + _BUFFER)
+        # Private: by default it would be one piece of memory for all children, and one run could write on the stacks
+        # of the others' anchors.
+        self._memory = mmap.mmap(-1, _STACK + _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._stream = sys_.read_stream(lifeline, base + _STACK, _BUFFER)
         self._top = ctypes.c_void_p(base + _STACK)

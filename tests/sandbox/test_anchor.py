@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -36,6 +37,40 @@ async def test_the_status_is_the_programs_own(first: str, end: str) -> None:
         result = await box.exec(f"{OTHERS}{guard}{first}\n{end}")
         assert (result.status, result.exit_code) == (Status.EXIT, 7), result
         assert (await box.exec("print(1)")).stdout == "1\n"
+
+
+async def test_every_ready_child_has_its_own() -> None:
+    """They start side by side: whatever they shared, one of them would write over."""
+    for _ in range(3):
+        async with LocalSandbox("py-bare", Limits(wall_s=10), workers=12, tier="ns") as box:
+            for _ in range(200):
+                stats = await box.stats()
+                if stats["ready"] == 12:
+                    break
+                await asyncio.sleep(0.1)
+            zygote = stats["zygote_pid"]
+            alive = _children()
+            assert len(alive[zygote]) == 12
+            assert [len(alive.get(child, ())) for child in alive[zygote]] == [1] * 12
+
+
+def _children() -> dict[int, list[int]]:
+    """Parent -> children, of all processes."""
+    found: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = (entry / "stat").read_text().rsplit(") ", 1)[1].split()[:2]
+                if state != "Z":
+                    found.setdefault(int(parent), []).append(int(entry.name))
+    return found
+
+
+async def test_no_memory_is_shared_between_runs() -> None:
+    code = "print([line for line in open('/proc/self/maps') if line.split()[1][1::2] == 'ws'])"
+    async with LocalSandbox("py-bare", Limits(wall_s=10), tier="ns") as box, box.session() as session:
+        assert (await box.exec(code)).stdout == "[]\n"
+        assert (await session.exec(code)).stdout == "[]\n"
 
 
 async def test_a_session_has_none() -> None:
