@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -26,7 +27,9 @@ def main(folder: Path, names: list[str], whole_only: list[str]) -> None:
             values = {f"value/{k}": torch.tensor(v, dtype=torch.float64) for k, v in losses(metrics).items()}
             save_file({**learner.gradients, **values}, folder / f"{name}-{shard}-{world.rank}.safetensors")
         resumed(shard, folder, world)
+    world.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # everything is written; torch's threads now and then abort an interpreter that takes itself down
 
 
 def resumed(shard: str, folder: Path, world: World) -> None:
