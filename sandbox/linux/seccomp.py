@@ -109,8 +109,8 @@ def _ranges(numbers: Iterable[int]) -> list[tuple[int, int]]:
 
 def build(pid: int, deny_fork: bool = False) -> bytes:
     """The filter program for the process `pid` (as it sees itself); `deny_fork` also forbids new processes."""
-    program, places = _template(deny_fork)
-    program = bytearray(program)
+    template, places = _template(deny_fork)
+    program = bytearray(template)
     for offset, sign in places:
         _NUMBER.pack_into(program, offset, sign * pid & 0xFFFFFFFF)
     return bytes(program)
@@ -121,7 +121,7 @@ _SOMEBODY = 0x7ABCDEF1  # no process has this id, and no other number of the pro
 
 
 @functools.lru_cache(maxsize=2)
-def _template(deny_fork: bool) -> tuple[bytes | bytearray, list[tuple[int, int]]]:
+def _template(deny_fork: bool) -> tuple[bytes, list[tuple[int, int]]]:
     """The program for `_SOMEBODY`, and where that number stands in it (1) or its negative (-1)."""
     program = _compile(_SOMEBODY, deny_fork)
     places = []
