@@ -20,7 +20,7 @@ import yaml
 
 from tests.stack.engine import ROOT, TRAINER, VLLM, build_trainer, build_vllm, docker
 
-STEPS = 80
+STEPS = 120
 # The recipe's tiny model has heads of 16 numbers, which vLLM does not know on CPU.
 TRAIN = f"train recipes/tiny.yaml deterministic=false model.tiny.hidden=64 steps={STEPS} out=runs/stack"
 _SPREAD = """
