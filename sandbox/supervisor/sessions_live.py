@@ -321,11 +321,15 @@ class LiveSession:
 
     def _forged(self, interpreter: Interpreter) -> None:
         """Its process speaks nonsense, or does not listen: only its own code can have done that."""
-        if interpreter is self.interpreter and not self.ended:
-            interpreter.on_nonsense = None
-            if self.running is not None and self.running.stopping is None:
-                self.running.stopping = Status.ERROR
-            interpreter.kill()
+        if interpreter is not self.interpreter or self.ended:
+            return
+        interpreter.on_nonsense = None
+        if self.running is None:
+            self.end(_FORGED)  # before it is dead: an execution that came meanwhile would be killed with it
+            return
+        if self.running.stopping is None:
+            self.running.stopping = Status.ERROR
+        interpreter.kill()
 
     def _exited(self, interpreter: Interpreter) -> None:
         """The process has ended, by itself, by our hand, or with the machine."""

@@ -246,6 +246,25 @@ async def test_forged_answers_change_only_the_forger(box: LocalSandbox) -> None:
         assert all(isinstance(result, ExecResult) for result in results)
 
 
+async def test_a_forger_is_never_our_failure(box: LocalSandbox) -> None:
+    """It writes when nothing is running, or just when the next execution begins: that is its end, not ours."""
+    later = (
+        "import os, threading, time\ndef forge():\n  time.sleep({wait})\n  for fd in range(3, 1024):\n"
+        "    try: os.write(fd, b'nonsense' * 9)\n    except OSError: pass\nthreading.Thread(target=forge).start()"
+    )
+    forged = 0
+    for number in range(25):
+        async with box.session() as session:
+            forged += (await session.exec(later.format(wait=0.0005 * (number % 5)))).status is Status.ERROR
+            with pytest.raises(SessionError) as caught:
+                for _ in range(2000):
+                    result = await session.exec("1")
+                    forged += result.status is Status.ERROR
+            assert caught.value.code == "session_ended", caught.value
+    assert forged < 25  # some were caught while nothing ran
+    assert (await box.stats()).get("infra_errors", 0) == 0
+
+
 # --- numbered executions ------------------------------------------------------------------------------------------
 
 
