@@ -98,11 +98,14 @@ def _not_a_number(text: str) -> NoReturn:
     raise ValueError(f"{text} is not JSON")
 
 
+_JSON = json.JSONDecoder(parse_constant=_not_a_number)
+
+
 async def read_json(request: Request) -> Any:
     """The body as JSON. Raises `Refused` (422). Lone surrogates in escapes are kept: they are judged as text later."""
     body = await read_body(request)
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_not_a_number)
+        return _JSON.decode(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise Refused(422, "invalid_json", f"the body is not JSON: {error!s:.200}") from None
 

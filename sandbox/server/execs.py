@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 
 from sandbox.server.bodies import check, read_json, ticket
 from sandbox.server.models import BatchRequest, ExecRequest, Key, Strict
+from sandbox.server.protocol import Client
 from sandbox.server.replies import Refused, Reply
 from sandbox.server.state import ServerState
 
@@ -43,27 +44,25 @@ def fingerprint(*parts: object) -> str:
 async def while_connected(request: Request, work: Coroutine[Any, Any, Reply]) -> Reply | None:
     """`work`'s answer; it is cancelled, and the answer None, when the client goes away first."""
     task = asyncio.current_task()
-    assert task is not None
-    gone = False
+    client = request.scope["retool.client"]
+    assert task is not None and isinstance(client, Client)
+    if client.gone:
+        work.close()
+        return None
 
-    def leave(waiting: asyncio.Future[Any]) -> None:
-        nonlocal gone
-        if not waiting.cancelled():
-            gone = True
-            task.cancel()
+    def leave() -> None:
+        task.cancel()
 
-    watch = asyncio.ensure_future(request.receive())
-    watch.add_done_callback(leave)
+    client.watchers.add(leave)
     try:
         return await work
     except asyncio.CancelledError:
-        if not gone:
+        if not client.gone:
             raise
         task.uncancel()
         return None
     finally:
-        watch.remove_done_callback(leave)
-        watch.cancel()
+        client.watchers.discard(leave)
 
 
 async def once_or_watched(

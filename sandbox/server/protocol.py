@@ -1,4 +1,5 @@
-"""uvicorn's HTTP/1.1 protocol with one difference: an answer leaves in one write, not its head and body apart.
+"""uvicorn's HTTP/1.1 protocol with two differences: an answer leaves in one write, not its head and body apart, and
+whoever works for a client can be told when it goes away.
 
 Each write is a system call that wakes the client; for answers of a few hundred bytes that is most of the cost.
 """
@@ -6,6 +7,7 @@ Each write is a system call that wakes the client; for answers of a few hundred 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -39,9 +41,34 @@ class _Joined:
         return getattr(self._transport, name)
 
 
+class Client:
+    """The other end of a connection: `gone` once it is, and then everything in `watchers` has been called."""
+
+    def __init__(self) -> None:
+        self.gone = False
+        self.watchers: set[Callable[[], None]] = set()
+
+    def leave(self) -> None:
+        """It has hung up."""
+        self.gone = True
+        for tell in list(self.watchers):
+            tell()
+
+
 class JoiningProtocol(HttpToolsProtocol):
-    """For `uvicorn.Config(http=...)`."""
+    """For `uvicorn.Config(http=...)`. A request's scope holds its `Client` as `retool.client`."""
 
     def connection_made(self, transport: Any) -> None:
         """asyncio's."""
+        self.peer = Client()
         super().connection_made(_Joined(transport, self.loop))  # type: ignore[arg-type]
+
+    def on_message_begin(self) -> None:
+        """httptools'."""
+        super().on_message_begin()
+        self.scope["retool.client"] = self.peer  # type: ignore[typeddict-unknown-key]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """asyncio's."""
+        super().connection_lost(exc)
+        self.peer.leave()

@@ -97,7 +97,7 @@ class Run:
     def __init__(self, unit: Unit, child: Child, job: Job) -> None:
         self.unit, self.child, self.job = unit, child, job
         self._killed_for: Status | None = None
-        self._end = asyncio.Event()
+        self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         limits = job.limits
         self.stdout = Stream(limits.output_head_bytes, limits.output_tail_bytes)
         self.stderr = Stream(limits.output_head_bytes, limits.output_tail_bytes)
@@ -108,7 +108,11 @@ class Run:
     def _stop(self, reason: Status) -> None:
         if self._killed_for is None and not self.child.exited.done():
             self._killed_for = reason
-        self._end.set()
+        self._finish()
+
+    def _finish(self) -> None:
+        if not self._end.done():
+            self._end.set_result(None)
 
     @property
     def killed(self) -> bool:
@@ -130,15 +134,17 @@ class Run:
         if child.group is not None:
             child.group.limit(self.unit.group_mib(self.job.limits))
         started = time.monotonic()
-        child.exited.add_done_callback(lambda _: self._end.set())
+        rest = write_some(child.job, self.job.payload(neighbours(self.unit.tier)))  # first: from here on it runs
+        child.on_exit = self._finish
+        if child.exited.done():
+            self._finish()
         timer = loop.call_later(self.job.limits.wall_s, self._stop, Status.TIMEOUT)
         self.pump.attach(child.stdout, self.stdout)
         self.pump.attach(child.stderr, self.stderr)
         self.talk.attach(child.report, self.report)
-        rest = write_some(child.job, self.job.payload(neighbours(self.unit.tier)))
         feeding = asyncio.ensure_future(write_all(child.job, rest)) if rest else None
         try:
-            await self._end.wait()
+            await self._end
         finally:
             timer.cancel()
             if feeding is not None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,6 +58,20 @@ class Child:
     process: int = -1  # pidfd of the child itself
     exited: asyncio.Future[tuple[int, int, int]] = field(default_factory=asyncio.Future)
     """(wait status, CPU microseconds, largest resident KiB), or an exception when the unit is lost."""
+    on_exit: Callable[[], None] | None = None
+    """Called in the very moment in which `exited` is done: its callbacks come a turn of the loop later."""
+
+    def end(self, found: tuple[int, int, int] | SandboxInfraError) -> None:
+        """It has ended, or nobody will ever know how."""
+        if self.exited.done():
+            return
+        if isinstance(found, SandboxInfraError):
+            self.exited.set_exception(found)
+            self.exited.exception()  # a child nobody waits for is not an unhandled error
+        else:
+            self.exited.set_result(found)
+        if self.on_exit is not None:
+            self.on_exit()
 
     def close(self) -> None:
         """Close every descriptor once; the process namespace, unless it was given back, goes too."""
@@ -167,8 +182,8 @@ class Unit:
         kind, ident, numbers, fds = packet
         if kind == wire.EXITED:
             child = self._children.pop(ident, None)
-            if child is not None and not child.exited.done():
-                child.exited.set_result((numbers[0], numbers[1], numbers[2]))
+            if child is not None:
+                child.end((numbers[0], numbers[1], numbers[2]))
             return
         if kind == wire.FAILED:
             for key in [key for key in self._replies if key[1] == ident and key[0] != wire.READY]:
@@ -196,9 +211,7 @@ class Unit:
             if not future.done():
                 future.set_exception(SandboxInfraError(error, "lost_child"))
         for child in self._children.values():
-            if not child.exited.done():
-                child.exited.set_exception(SandboxInfraError(error, "lost_child"))
-                child.exited.exception()  # a child nobody waits for is not an unhandled error
+            child.end(SandboxInfraError(error, "lost_child"))
         self._replies.clear()
         self._children.clear()
         for cell in self._cells:

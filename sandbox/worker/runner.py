@@ -143,7 +143,8 @@ def run(stand: Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bo
     report: dict[str, Any] = {}
     unwritten = _receive_files(job_fd, settings.get("files", []))
     os.close(job_fd)
-    stage.seed_all(settings["seed"])
+    if settings["seed"]:  # `prepare` has begun with 0
+        stage.seed_all(settings["seed"])
     stage.apply_limits(settings, base_bytes, filtered)
     folder = os.getcwd()  # noqa: PTH109
     shown: list[Any] = []

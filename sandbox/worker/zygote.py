@@ -167,19 +167,17 @@ class Zygote:
 
     def _reap(self, pidfd: int) -> None:
         ident, pid = self.children.pop(pidfd)
-        self.poller.unregister(pidfd)
         try:
             if not pid:
                 found = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
                 pid = found.si_pid if found else 0
             _, status, usage = os.wait4(pid, 0)
+            numbers = (status, int((usage.ru_utime + usage.ru_stime) * 1e6), usage.ru_maxrss)
         except ChildProcessError:  # an adopted process that had ended too early, or was never ours
-            wire.send_packet(self.control, wire.EXITED, ident, (wire.UNKNOWN_STATUS, 0, 0))
-            return
-        finally:
-            os.close(pidfd)
-        cpu = int((usage.ru_utime + usage.ru_stime) * 1e6)
-        wire.send_packet(self.control, wire.EXITED, ident, (status, cpu, usage.ru_maxrss))
+            numbers = (wire.UNKNOWN_STATUS, 0, 0)
+        wire.send_packet(self.control, wire.EXITED, ident, numbers)  # first: somebody waits for it
+        self.poller.unregister(pidfd)
+        os.close(pidfd)
 
     def _reap_strangers(self) -> None:
         """User code can make processes our children (CLONE_PARENT). Their zombies would count against its user id."""
