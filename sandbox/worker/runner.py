@@ -6,15 +6,18 @@ the report only adds the text of an exception, rich results and files.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import io
 import json
 import linecache
 import os
+import resource
 import signal
 import struct
 import sys
+import threading
 import types
 from dataclasses import dataclass
 from typing import Any
@@ -71,12 +74,15 @@ _plain_kill = os.kill
 
 def _finish() -> None:
     """What the interpreter does at its end: threads, atexit, buffers. User code may break any of it."""
-    import atexit
-    import threading
-
-    for step in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):  # type: ignore[attr-defined]
+    for step in (_end_threads, atexit._run_exitfuncs):
         with contextlib.suppress(BaseException):
             step()
+
+
+def _end_threads() -> None:
+    """Wait for them, if there were any: where there are none it is a dear way of doing nothing."""
+    if threading.active_count() > 1 or threading._threading_atexits:  # type: ignore[attr-defined]
+        threading._shutdown()  # type: ignore[attr-defined]
 
 
 def _receive_files(fd: int, table: list[tuple[str, int]]) -> str:
@@ -124,7 +130,11 @@ def prepare() -> Stand:
     run_source("pass\nNone", {"__name__": "__main__"}, raw)
     stage.seed_all(0)
     json.loads(json.dumps({"seed": 0}))
-    sys.stdout.flush()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as it is
+    stage.lower(resource.RLIMIT_CORE, 0)
+    resource.getrusage(resource.RUSAGE_SELF)
+    _finish()
+    stage.flush_all(sys.stdout)
     return Stand(raw, sys.stdout, stage.main_module())
 
 
