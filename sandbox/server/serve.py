@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import socket
 import stat
@@ -109,6 +110,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Says where it serves once signals are handled and connections are accepted."""
         await super().startup(sockets)
+        gc.freeze()  # what start-up made stays: no collection has to look at it again
         state = self.state
         print(
             f"sandbox: {self.url}  tier {state.box.tier}  profile {state.options.profile}  "

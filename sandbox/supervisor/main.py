@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import os
 import resource
 import shutil
@@ -143,6 +144,7 @@ async def _serve(settings: Settings, service: Service, connection: Connection) -
         failure = SandboxInfraError(f"the supervisor did not start: {error!r}", "spawn_failed", retryable=False)
         connection.send({"id": 0, **error_reply(failure)})
         return False
+    gc.freeze()  # what start-up made stays: no collection has to look at it again
     connection.send({"id": 0, "tier": service.tier})
     connection.serve()
     return True

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import select
 import signal
 import socket
 import time
@@ -72,6 +73,9 @@ class Interpreter:
         self.on_nonsense: Callable[[], None] | None = None
         self._outputs = (child.stdout, child.stderr)
         self._listening = False
+        self._holds = select.poll()  # asks both streams at once, and most of the time neither holds anything
+        for fd in self._outputs:
+            self._holds.register(fd, select.POLLIN)
         self._closed: set[int] = set()
         self._number = 0
         self._answer: Answer | None = None
@@ -93,6 +97,7 @@ class Interpreter:
             data = b""
         if not data:
             self._loop.remove_reader(fd)
+            self._holds.unregister(fd)
             self._closed.add(fd)
             return False
         output = self.output
@@ -115,13 +120,13 @@ class Interpreter:
 
     def finish(self) -> Output:
         """The output of the execution that has ended, to the last byte that is in the pipes."""
-        for fd in self._outputs:
-            if self._listening:
+        if self._listening:
+            for fd in self._outputs:
                 self._loop.remove_reader(fd)
-            if fd not in self._closed:
-                for _ in range(_DRAIN_READS):
-                    if not self._read_output(fd):
-                        break
+        for fd, _ in self._holds.poll(0):
+            for _ in range(_DRAIN_READS):
+                if fd in self._closed or not self._read_output(fd):
+                    break
         self._listening = False
         output, self.output, self.on_flood = self.output, _NOTHING, None
         return output
