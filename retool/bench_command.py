@@ -6,12 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import uvloop
-
 from retool.console import console, table
 from retool.errors import UserError
 from retool.files import write_json
 from sandbox.bench.main import Options, measure
+from sandbox.loops import new_event_loop
 from sandbox.profiles import AUTO, available
 from sandbox.tiers import BY_NAME
 
@@ -70,7 +69,7 @@ def bench(
         seconds, tier, tuple(profiles) or Options.profiles, versus.rstrip("/"), tuple(parts) or Options.parts, quick
     )
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # a client that costs little, as the server
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:  # a client that costs little, as the server
             report = runner.run(measure(options, lambda what: console.print(f"measuring {what} …", style="dim")))
     except (RuntimeError, OSError) as error:
         raise UserError(f"the measurement stopped: {error}") from None

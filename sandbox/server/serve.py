@@ -17,9 +17,9 @@ from types import FrameType
 from typing import Any
 
 import uvicorn
-import uvloop
 
 from sandbox.local import LocalSandbox
+from sandbox.loops import new_event_loop
 from sandbox.server.app import create_app
 from sandbox.server.gate import Gate
 from sandbox.server.options import ServeError, ServeOptions
@@ -40,7 +40,7 @@ def serve(options: ServeOptions) -> None:
     except ValueError as error:
         raise ServeError(str(error)) from None
     options.check(tokens)
-    with _listening(options) as listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with _listening(options) as listener, asyncio.Runner(loop_factory=new_event_loop) as runner:
         if options.uds is None:
             options = replace(options, port=listener.getsockname()[1])
         runner.run(_serve(options, Tokens(tokens), listener))

@@ -14,9 +14,8 @@ import socket
 import traceback
 from typing import Any
 
-import uvloop
-
 from sandbox.frames import FrameProtocol
+from sandbox.loops import new_event_loop
 from sandbox.supervisor.service import Service, error_reply
 from sandbox.supervisor.settings import Settings
 from sandbox.types import SandboxError, SandboxInfraError, SandboxProtocolError
@@ -155,5 +154,5 @@ def main(argument: str) -> int:
     os.umask(0o077)
     with contextlib.suppress(ValueError, OSError):  # a session holds six descriptors
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # half the cost of a run is spent in the loop
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_supervise(Settings.from_json(argument)))
