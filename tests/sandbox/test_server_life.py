@@ -223,9 +223,11 @@ def test_a_client_that_leaves_ends_its_execution_unless_it_has_a_key() -> None:
             ("/run_code", {"code": _SLEEP, "language": "python", "run_timeout": 30}),
             ("/v1/batch", {"items": [{"code": _SLEEP}]}),
         ):
+            done = stats(http).get("executions", 0)
             leave(server, body, path)
             assert eventually(lambda: stats(http)["running"] == 0), path
             assert eventually(lambda: stats(http)["server"]["load"] == 0), path
+            assert eventually(lambda: stats(http)["executions"] == done + 1), path  # noqa: B023
         keyed = {"code": "import time; time.sleep(1.5); print(time.time_ns())", "idempotency_key": "mine"}
         before = stats(http)["executions"]
         leave(server, keyed)

@@ -252,7 +252,7 @@ async def test_a_forger_is_never_our_failure(box: LocalSandbox) -> None:
         "import os, threading, time\ndef forge():\n  time.sleep({wait})\n  for fd in range(3, 1024):\n"
         "    try: os.write(fd, b'nonsense' * 9)\n    except OSError: pass\nthreading.Thread(target=forge).start()"
     )
-    forged = 0
+    before, forged = (await box.stats()).get("infra_errors", 0), 0
     for number in range(25):
         async with box.session() as session:
             forged += (await session.exec(later.format(wait=0.0005 * (number % 5)))).status is Status.ERROR
@@ -262,7 +262,7 @@ async def test_a_forger_is_never_our_failure(box: LocalSandbox) -> None:
                     forged += result.status is Status.ERROR
             assert caught.value.code == "session_ended", caught.value
     assert forged < 25  # some were caught while nothing ran
-    assert (await box.stats()).get("infra_errors", 0) == 0
+    assert (await box.stats()).get("infra_errors", 0) == before
 
 
 # --- numbered executions ------------------------------------------------------------------------------------------
