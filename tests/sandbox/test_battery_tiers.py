@@ -38,6 +38,7 @@ def test_nothing_gets_through(tier: str, runs: Runs) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout.splitlines()[-1])
     assert {name for name, _ in rows} == {tier} and len(rows) == len(ATTACKS)
-    assert [row for _, row in rows if row["verdict"] == "breach"] == []
+    breaches = [row for _, row in rows if row["verdict"] == "breach"]
+    assert not breaches, json.dumps(breaches, indent=1)
     proven = [row for _, row in rows if row["verdict"] in ("held", "known")]
     assert len(proven) >= len(ATTACKS) - 20  # without privilege some controls cannot work
