@@ -1,4 +1,5 @@
-"""Run on another kind of host by `test_battery_tiers.py`: the whole battery in one tier, as JSON."""
+"""Run by `test_battery_tiers.py`, also on other kinds of hosts: the whole battery as JSON, in the tier that
+RETOOL_TEST_TIER names, else in the strongest."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from sandbox.battery import ATTACKS, run_battery
 
 
 async def main() -> None:
-    rows = [(tier, asdict(row)) async for tier, row in run_battery(ATTACKS, os.environ["RETOOL_TEST_TIER"])]
+    rows = [(tier, asdict(row)) async for tier, row in run_battery(ATTACKS, os.environ.get("RETOOL_TEST_TIER"))]
     print(json.dumps(rows))
 
 

@@ -1,9 +1,8 @@
-"""The attack battery in the strongest tier of this machine, and that it turns red when a protection is taken out."""
+"""The attack battery: what is in it, and that it turns red when a protection is taken out."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from sandbox.battery import ATTACKS, Control, run_battery, select
+from sandbox.battery import ATTACKS, Control, select
 from tests.sandbox.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -28,15 +27,6 @@ def test_every_required_attack_is_there_and_has_a_control_or_a_reason() -> None:
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
     for attack in ATTACKS:
         assert attack.control is not Control.NONE or attack.why, attack.name
-
-
-async def test_nothing_gets_through_here() -> None:
-    rows = [row async for _, row in run_battery(ATTACKS)]
-    assert [row for row in rows if row.verdict == "breach"] == []
-    assert len(rows) == len(ATTACKS)
-    if os.geteuid() == 0 and not os.path.exists("/.dockerenv"):  # noqa: ASYNC240, PTH110 (elsewhere not every control can work)
-        weak = [f"{row.name}: {row.control}" for row in rows if row.verdict == "unproven"]
-        assert len(weak) <= 2, weak
 
 
 def test_names_themes_and_numbers_select() -> None:
