@@ -205,7 +205,7 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
         end = time.monotonic() + 600
         while any(not r.good for r in engine._replicas) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.5)
-        assert all(r.good and r.tag == engine._files.tag for r in engine._replicas)
+        assert all(r.good and r.tag == engine._weights.tag for r in engine._replicas)
         # the lifeline: a server whose starter is gone ends itself
         process = own._process
         assert process is not None and process.stdin is not None
