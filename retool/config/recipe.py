@@ -211,8 +211,8 @@ class EngineConfig(Section):
     file through vLLM's own `reload_weights` (not for tied embeddings on CPU, which the probe would refuse). `adapter`:
     only the adapters of `model.lora`, for servers that have the very model that they were put on. `auto`: `adapter`
     with `model.lora` and without `urls`, else `file` (adapters are merged on the way). `nccl`, `gloo`: broadcast by the
-    learner to the workers of each server, from GPU to GPU or over the network; no shared folder is needed. `ipc`: through
-    memory of a GPU that learner and server share."""
+    learner to the workers of each server, from GPU to GPU or over the network; no shared folder is needed. `ipc`:
+    through memory of a GPU that learner and server share."""
     sync_host: str | None = None
     """HOST or HOST:PORT of this machine, where the servers of `nccl` and `gloo` find the learner; default: the address
     that a server sees, 127.0.0.1 for one that is started here, and any free port."""
