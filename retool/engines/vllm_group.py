@@ -36,7 +36,7 @@ from retool.engines.weight_group import (
     serve_store,
     welcome,
 )
-from retool.engines.weight_wire import Entry, WireError, WireRefused, buckets, export_bucket, layout, pack
+from retool.engines.weight_wire import BUCKET, Entry, WireError, WireRefused, buckets, export_bucket, layout, pack
 from retool.lora import merged
 
 T = TypeVar("T")
@@ -119,7 +119,7 @@ class WeightGroups(Weights):
             tensors = await asyncio.to_thread(outgoing, self._model)
             names = list(tensors)
             entries = [Entry.of(name, tensors[name]) for name in names]
-            for chosen in buckets(entries):
+            for chosen in buckets(entries, BUCKET):
                 await self._ship(server, link, [entries[i] for i in chosen], [tensors[names[i]] for i in chosen])
             if not self.current or tag != self.tag:
                 raise ServerLost(f"{server.url}: the learner's weights changed while they were sent")

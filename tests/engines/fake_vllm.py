@@ -91,7 +91,7 @@ class FakeVllm(httpx.AsyncBaseTransport):
             try:
                 await self._transfer(path, body)
             except (WireError, ValueError) as error:
-                self.updating = False
+                self.updating = self.updating and path != "/update_weights"
                 return httpx.Response(500, json={"error": {"message": str(error)}})
         if path == "/update_weight_version":
             self.tag = body["new_version"]
