@@ -9,7 +9,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,6 @@ from tests.engines.speakers import PROMPT, RESULT, STOP, TURN, encode
 from tests.engines.vllm_servers import LONG, Fleet, answers, model_of, python, start, tokenizer_of
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    made = Fleet(tmp_path_factory.mktemp("vllm"))
-    yield made
-    made.close()
 
 
 class TestVllm(WeightsContract):
