@@ -36,7 +36,7 @@ from retool.engines.weight_group import (
     serve_store,
     welcome,
 )
-from retool.engines.weight_wire import BUCKET, Entry, WireError, WireRefused, buckets, export_bucket, layout, pack
+from retool.engines.weight_wire import BUCKET, Entry, WireError, WireRefused, buckets, export_bucket, pack
 from retool.lora import merged
 
 T = TypeVar("T")
@@ -133,13 +133,12 @@ class WeightGroups(Weights):
         """One bucket: the request announces it, the group carries it."""
         try:
             buffer = await asyncio.to_thread(pack, entries, tensors, self._device)
-            told: dict[str, Any] = {"key": link.key, "bytes": layout(entries)[1]}
+            told: dict[str, Any] = {"key": link.key, "bytes": buffer.numel()}
             told["tensors"] = [[e.name, e.dtype, list(e.shape)] for e in entries]
             carry: Callable[[], None] = _nothing
-            if link.group is not None:
+            if buffer.numel() and link.group is not None:
                 carry = partial(link.group.broadcast, buffer, link.look)
-            else:
-                torch.cuda.synchronize(self._device)
+            elif buffer.numel():
                 told["handle"] = export_bucket(buffer)
             await _both(server.take_part({"bucket": told}), carry, link, self._seconds)
         except (WireError, TimeoutError) as error:

@@ -280,10 +280,11 @@ class Receiver:
         _, size = layout(entries)
         if told["bytes"] != size:
             raise WireError(f"the learner announces {told['bytes']} bytes for tensors of {size}")
-        if self._group is None:
-            return unpack(import_bucket(told["handle"], self.device), entries)
-        buffer = torch.empty(size, dtype=torch.uint8, device=self._group.device)
-        self._group.broadcast(buffer, self._look)
+        buffer = torch.empty(size, dtype=torch.uint8, device=self.device if self._group is None else self._group.device)
+        if size and self._group is not None:
+            self._group.broadcast(buffer, self._look)
+        elif size:
+            buffer = import_bucket(told.get("handle"), self.device)
         return unpack(buffer, entries)
 
     def close(self) -> None:

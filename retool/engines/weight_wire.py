@@ -121,7 +121,9 @@ def _views(buffer: Tensor, entries: Sequence[Entry], starts: Sequence[int]) -> I
 
 def export_bucket(buffer: Tensor) -> list[Any]:
     """The CUDA IPC handle of a bucket, as JSON; `buffer` must be kept until the other end has taken it."""
-    return encode_handle(buffer.untyped_storage()._share_cuda_())
+    torch.cuda.synchronize(buffer.device)
+    with wire_errors():
+        return encode_handle(buffer.untyped_storage()._share_cuda_())
 
 
 def import_bucket(told: Any, device: torch.device) -> Tensor:

@@ -117,7 +117,7 @@ def test_two_workers_get_every_type_and_shape_over_many_buckets() -> None:
     everything = {f"{d}{s}": tensor(d, s, i) for i, d in enumerate(TYPES) for s in shapes}
     names, entries = list(everything), [Entry.of(n, t) for n, t in everything.items()]
     groups = list(buckets(entries, 1500))  # smaller than the largest tensors
-    assert len(groups) >= 20 and max(layout([e])[1] for e in entries) > 1500
+    assert len(groups) >= 16 and max(layout([e])[1] for e in entries) > 1500
     got: list[dict[str, Any]] = [{}, {}]
     with learner(size=3) as sender:
         sender.join()
