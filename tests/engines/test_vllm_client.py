@@ -374,7 +374,6 @@ async def test_a_server_that_will_not_do_is_refused(options: dict[str, Any], mat
         (["engine.urls=[http://a:1]"], "needs engine.kind vllm"),
         (["engine.kind=vllm", "engine.urls=[http://a:1]"], "needs engine.share"),
         (["engine.kind=vllm", "engine.urls=[a:1]", "engine.share=/x"], "write http://HOST:PORT"),
-        (["engine.kind=vllm", "engine.weight_sync=nccl"], "not available yet"),
         (["engine.kind=vllm", "deterministic=true"], "needs engine.kind transformers"),
     ],
 )
