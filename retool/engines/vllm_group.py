@@ -87,7 +87,7 @@ class _Link:
         self.left.set()
         if self.store is not None:
             with suppress(RuntimeError):
-                self.store.set("stop", b"1")
+                self.store.set("stop", "1")
         if self.group is not None:
             self.group.close()
 

@@ -196,12 +196,12 @@ def welcome(invitation: Invitation, device: torch.device, look: Callable[[], Non
     try:
         with wire_errors():
             _gather(store, invitation, look)
-            store.set("go", b"1")
+            store.set("go", "1")
             seconds = min(invitation.seconds, JOIN_S)
             group = Group(invitation.backend, store, 0, invitation.size, device, invitation.host, seconds)
             group.broadcast(torch.full((1,), _GREETING, dtype=torch.uint8, device=device), look)
     except BaseException:
-        store.set("stop", b"1")
+        store.set("stop", "1")
         raise
     group.seconds = invitation.seconds
     return store, group
@@ -242,7 +242,7 @@ class Receiver:
             return
         with wire_errors():
             self._store = dist.PrefixStore(invitation.key, reach_store(invitation.host, invitation.port))
-            self._store.set(f"hello/{rank + 1}", json.dumps(refused).encode())
+            self._store.set(f"hello/{rank + 1}", json.dumps(refused))
             if refused:
                 raise WireRefused(refused)
             self._group = self._enter(self._store, rank + 1)
