@@ -357,27 +357,32 @@ class VllmEngine:
 
     async def _pick(self) -> Replica:
         """The least loaded good server; waits for one to come back when there is none."""
+        self._settle()
         if any(not r.good for r in self._replicas) and self._reviving is None:
             self._reviving = asyncio.get_running_loop().create_task(self._revive())
         while self._reviving is not None and not any(r.good for r in self._replicas):
             await asyncio.wait({self._reviving}, timeout=0.2)
-            if self._reviving is not None and self._reviving.done():
-                break
+            self._settle()
         if self._closed:
             raise EngineError("the engine is closed")
-        if self._reviving is not None and self._reviving.done():
-            task, self._reviving = self._reviving, None
-            failure = None if task.cancelled() else task.exception()
-            if isinstance(failure, ProbeMismatch):
-                self._fatal = failure
-            elif failure is not None:
-                raise failure  # a server that answers but may not be used is told once
         if self._fatal is not None:
             raise self._fatal
         if not any(r.good for r in self._replicas):
             told = "; ".join(f"{r.server.url}: {r.why}" for r in self._replicas)
             raise EngineError(f"no vLLM server answers: {told}")
         return min((r for r in self._replicas if r.good), key=lambda r: r.sessions)
+
+    def _settle(self) -> None:
+        """What came of the last search for lost servers; a server that answers but may not be used is told once."""
+        task = self._reviving
+        if task is None or not task.done():
+            return
+        self._reviving = None
+        failure = None if task.cancelled() else task.exception()
+        if isinstance(failure, ProbeMismatch):
+            self._fatal = failure
+        elif failure is not None:
+            raise failure
 
     async def _revive(self) -> None:
         """Bring lost servers back, for at most `start_s`; a server started here is started again."""

@@ -140,7 +140,7 @@ class WeightGroups(Weights):
                 carry = partial(link.group.broadcast, buffer, link.look)
             elif buffer.numel():
                 told["handle"] = export_bucket(buffer)
-            await _both(server.take_part({"bucket": told}), carry, link, self._seconds)
+            await _both(server.take_part({"bucket": told}), carry, self._seconds)
         except (WireError, TimeoutError) as error:
             raise ServerLost(f"{server.url}: the weights did not get through: {error or 'too slow'}") from error
 
@@ -157,7 +157,7 @@ class WeightGroups(Weights):
                 if self.how != "ipc":
                     link.store, link.group = welcome(invitation, self._device, link.look)
 
-            await _both(server.join_group(invitation.told()), enter, link, 2 * JOIN_S + _GRACE_S)
+            await _both(server.join_group(invitation.told()), enter, 2 * JOIN_S + _GRACE_S)
         except BaseException as error:
             await asyncio.to_thread(link.close)
             told = f"{server.url} and the learner cannot form a group for engine.weight_sync={self.how}: {error}"
@@ -204,9 +204,9 @@ def _nothing() -> None:
     """With `ipc` the request is all."""
 
 
-async def _both(asked: Awaitable[None], work: Callable[[], None], link: _Link, seconds: float) -> None:
-    """A request, and in a thread what makes the server able to answer it. Whichever fails ends both. Raises what it
-    raised (`WireError` when both failed), or `TimeoutError`."""
+async def _both(asked: Awaitable[None], work: Callable[[], None], seconds: float) -> None:
+    """A request, and in a thread what makes the server able to answer it. Raises what the one raises that fails
+    (`WireError` when both do), or `TimeoutError`; then closing the link is what ends the thread."""
     request = asyncio.ensure_future(asked)
     thread = in_thread(work)
     pending = {request, thread}
@@ -222,8 +222,6 @@ async def _both(asked: Awaitable[None], work: Callable[[], None], link: _Link, s
         if pending:
             raise TimeoutError(f"no answer within {seconds:g} s")
     finally:
-        if pending:
-            link.left.set()
         for half in pending:
             half.cancel()
         for half in (request, thread):

@@ -204,6 +204,20 @@ async def test_a_server_that_was_started_anew_is_noticed(monkeypatch: pytest.Mon
     await engine.close()
 
 
+async def test_a_server_that_is_lost_again_is_looked_for_again() -> None:
+    engine, (server,) = fakes("tags")
+    for _ in range(3):
+        session = await engine.open(encode(TOK, PROMPT), seed=0)
+        await session.generate(Sampling(3))
+        server.down = True
+        with pytest.raises(ServerLost):
+            await session.generate(Sampling(3))
+        server.restart()
+        server.down = False
+    assert (await engine.open(encode(TOK, PROMPT), seed=0)).ids
+    await engine.close()
+
+
 async def test_no_server_at_all_is_an_engine_error_in_the_end() -> None:
     engine, (server,) = fakes("tags")
     engine._start_s = 0.3

@@ -251,9 +251,10 @@ async def test_a_lost_server_waits_while_the_learner_has_weights_of_no_version()
             await asyncio.gather(*(says(engine) for _ in range(2)))
         changed(engine)  # an optimiser's step, and no update yet
         a.down = False
+        asked = len(a.calls)
         await says(engine)
-        await asyncio.sleep(1.2)  # it is asked every half second
-        assert a.tag == "default" and not engine._weights.current
+        await until(lambda: a.calls[asked:].count("/version") >= 3)  # somebody looks whether it is there
+        assert "/update_weights" not in a.calls[asked:] and not engine._weights.current
         await engine.sync(None, 1)
         await until(lambda: all(r.good for r in engine._replicas))
         assert a.tag == engine._weights.tag and engine.largest_gap <= 1e-4

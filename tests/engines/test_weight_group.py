@@ -187,7 +187,8 @@ def test_a_worker_does_not_wait_for_a_learner_that_left(how: str) -> None:
             sender.held.set("stop", b"1")
         else:
             sender.group.close()
-        assert "learner has left" in (error := sender.workers[0].said()["error"]) or "onnection closed" in error
+        error = sender.workers[0].said()["error"]
+        assert "learner has left" in error or "onnection" in error, error
 
 
 @pytest.mark.parametrize(
@@ -263,7 +264,6 @@ def test_a_process_that_forgets_to_close_ends_well() -> None:
         "import sys; sys.path.insert(0, '.')\n"
         "from tests.engines.test_weight_group import *\n"
         "keep = Learner(); keep.join(); keep.send(SOME)\n"
-        "for w in keep.workers: w.process.kill()\n"
     )
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", program], cwd=REPO, env=env, capture_output=True, text=True)
