@@ -182,6 +182,25 @@ async def test_adapters_are_merged_on_the_way(fleet: Fleet) -> None:
     await engine.close()
 
 
+async def test_two_workers_of_one_server_get_their_halves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensor parallel: ranks 1 and 2 of the group."""
+    monkeypatch.setattr(vllm_group, "BUCKET", 40_000)
+    own = await asyncio.to_thread(start, "tags", tmp_path / "model", ["--tensor-parallel-size", "2"])
+    try:
+        await asyncio.to_thread(answers, own)
+        server = Server(own.url)
+        assert await server.workers() == 2
+        options: dict[str, Any] = {"context": LONG, "weight_sync": "gloo"}
+        engine = VllmEngine(model_of("tags"), tokenizer_of("tags"), [server], **options)
+        for version in range(3):
+            await engine.sync(None, version)
+            await said(engine, "tags")
+            moved(engine._model, version)
+        await engine.close()
+    finally:
+        await asyncio.to_thread(own.remove)
+
+
 async def test_a_server_by_url_needs_no_folder(by_hand: str) -> None:
     engine = await joined(by_hand, model_of("tags"))
     for version in range(2):
