@@ -218,6 +218,7 @@ async def test_a_server_by_url_needs_no_folder(by_hand: str) -> None:
 
 
 async def test_a_learner_that_is_killed_amid_an_update_leaves_a_server_for_the_next_run(by_hand: str) -> None:
+    await (await joined(by_hand, model_of("tags"))).close()  # it answers
     killed = await asyncio.to_thread(
         subprocess.run, [sys.executable, "-c", KILLED, by_hand], cwd=REPO, capture_output=True, text=True
     )
