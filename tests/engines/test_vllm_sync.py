@@ -38,22 +38,26 @@ pytestmark = [pytest.mark.stack, pytest.mark.slow]
 
 REPO = Path(__file__).parents[2]
 KILLED = """
-import asyncio, os, sys
+import asyncio, os, sys, time
 sys.path.insert(0, "")
 from retool.engines import vllm_group
 from retool.engines.vllm_adapter import Server
 from retool.engines.vllm_engine import VllmEngine
 from tests.engines.vllm_servers import model_of, tokenizer_of
-vllm_group.BUCKET, pack, packed = 40000, vllm_group.pack, []
+url, name, number = sys.argv[1:]
+owner = vllm_group if name == "pack" else vllm_group.Group
+whole, calls = getattr(owner, name), []
 
 def then_die(*args):
-    packed.append(1)
-    if len(packed) == 4:
+    calls.append(1)
+    if len(calls) == int(number):
+        time.sleep(0.5)  # for the request that announces what is not sent
         os.kill(os.getpid(), 9)
-    return pack(*args)
+    return whole(*args)
 
-vllm_group.pack = then_die
-made = VllmEngine(model_of("tags"), tokenizer_of("tags"), [Server(sys.argv[1])], context=128, weight_sync="gloo")
+setattr(owner, name, then_die)
+vllm_group.BUCKET = 40_000
+made = VllmEngine(model_of("tags"), tokenizer_of("tags"), [Server(url)], context=128, weight_sync="gloo")
 asyncio.run(made.sync(None, 0))
 """
 
@@ -219,16 +223,16 @@ async def test_a_server_by_url_needs_no_folder(by_hand: str) -> None:
 
 async def test_a_learner_that_is_killed_amid_an_update_leaves_a_server_for_the_next_run(by_hand: str) -> None:
     await (await joined(by_hand, model_of("tags"))).close()  # it answers
-    killed = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", KILLED, by_hand], cwd=REPO, capture_output=True, text=True
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    model = model_of("tags")
-    moved(model, 3)
-    engine = await joined(by_hand, model)
-    await engine.sync(None, 0)
-    await said(engine, "tags")
-    await engine.close()
+    for seed, (name, number) in enumerate((("pack", 4), ("broadcast", 4), ("broadcast", 5), ("broadcast", 6))):
+        command = [sys.executable, "-c", KILLED, by_hand, name, str(number)]
+        killed = await asyncio.to_thread(subprocess.run, command, cwd=REPO, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        model = model_of("tags")
+        moved(model, seed)
+        engine = await joined(by_hand, model)
+        await engine.sync(None, 0)
+        await said(engine, "tags")
+        await engine.close()
 
 
 async def test_a_server_that_is_killed_between_and_amid_updates(
