@@ -7,7 +7,7 @@ has with VLLM_SERVER_DEV_MODE=1.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,9 +20,10 @@ from retool.errors import UserError
 OLDEST = (0, 32)
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 MODEL = "policy"  # the name under which a server serves it
-How = Literal["file", "reload", "adapter"]
+How = Literal["file", "reload", "adapter", "nccl", "gloo", "ipc"]
 _COLDEST = 0.01  # vLLM silently raises lower temperatures to this
 _FLOOR = -9998.0  # vLLM writes -9999 for minus infinity
+_SOON_S = 30.0
 
 
 class ServerRefused(EngineError, UserError):
@@ -222,36 +223,38 @@ class Server:
                 f"{self.url} cannot sleep: start it with --enable-sleep-mode, or set engine.sleep=false ({error})"
             ) from None
 
-    async def load(self, folder: str, tag: str, how: How, asleep: bool = False) -> None:
-        """Take the weights in `folder`, drop every cached key and value, and call the weights `tag`; afterwards it is
-        awake."""
+    async def load(self, bring: Callable[[], Awaitable[None]], asleep: bool = False) -> None:
+        """Take new weights, which `bring` makes it do, and drop every cached key and value; afterwards it is awake."""
         if asleep:  # room for the weights first; nothing is scheduled before the cache has its room as well
             await self._post("/wake_up", params={"tags": "weights"})
         else:
             await self._post("/pause", params={"mode": "keep"})
         resume = ("/wake_up", {"tags": "kv_cache"}) if asleep else ("/resume", {})
         try:
-            if how == "file":
-                await self._post("/init_weight_transfer_engine", json={"init_info": {}})
-                await self._post("/start_weight_update")
-                await self._post("/update_weights", json={"update_info": {"folder": folder}})
-                await self._post("/finish_weight_update", json={"weight_version": tag})
-            elif how == "adapter":
-                await self._load_adapter(folder, tag)
-            else:
-                kwargs = {"weights_path": folder}
-                await self._post("/collective_rpc", json={"method": "reload_weights", "kwargs": kwargs})
-                await self._post("/update_weight_version", json={"new_version": tag})
+            await bring()
             dropped = await self._post("/reset_prefix_cache", params={"reset_running_requests": "true"})
             if not dropped.json().get("success"):
                 raise ServerLost(f"{self.url} could not drop its cache of older weights")
         except BaseException:
             with suppress(EngineError):  # what went wrong first is what has to be told
-                await self._post(resume[0], params=resume[1])
+                await self._post(resume[0], params=resume[1], timeout=_SOON_S)
             raise
         await self._post(resume[0], params=resume[1])
 
-    async def _load_adapter(self, folder: str, tag: str) -> None:
+    async def take_files(self, folder: str, tag: str) -> None:
+        """Whole weights in `folder`, in place; they are called `tag`. For `load`, as the next three."""
+        await self.join_group(None)
+        await self.begin_update()
+        await self.take_part({"folder": folder})
+        await self.finish_update(tag)
+
+    async def reload(self, folder: str, tag: str) -> None:
+        """The same by vLLM's own means."""
+        kwargs = {"weights_path": folder}
+        await self._post("/collective_rpc", json={"method": "reload_weights", "kwargs": kwargs})
+        await self._post("/update_weight_version", json={"new_version": tag})
+
+    async def take_adapter(self, folder: str, tag: str) -> None:
         """Every version is an adapter of its own: vLLM would read one that is replaced in place at every step."""
         before = await self.weight_version()
         try:
@@ -264,6 +267,31 @@ class Server:
         await self._post("/update_weight_version", json={"new_version": tag})
         with suppress(ServerRefused):  # a server that was started anew has none
             await self._post("/v1/unload_lora_adapter", json={"lora_name": adapter_name(before)})
+
+    async def workers(self) -> int:
+        """How many processes hold a part of its weights, over all its kinds of parallelism."""
+        return int((await self._get("/get_world_size"))["world_size"])
+
+    async def join_group(self, invitation: Mapping[str, Any] | None) -> None:
+        """Its workers take up a group with the learner (`weight_group.Invitation`), or need none."""
+        info = {} if invitation is None else {"group": dict(invitation)}
+        await self._post("/init_weight_transfer_engine", json={"init_info": info})
+
+    async def begin_update(self) -> None:
+        """Weights follow; an update that somebody left open is ended first."""
+        try:
+            await self._post("/start_weight_update")
+        except ServerFailed:
+            await self._post("/finish_weight_update", json={})
+            await self._post("/start_weight_update")
+
+    async def take_part(self, update: Mapping[str, Any]) -> None:
+        """Some of the weights, as vllm_plugin.py describes them."""
+        await self._post("/update_weights", json={"update_info": dict(update)})
+
+    async def finish_update(self, tag: str) -> None:
+        """That was all; the weights are called `tag`."""
+        await self._post("/finish_weight_update", json={"weight_version": tag})
 
     async def close(self) -> None:
         await self._client.aclose()

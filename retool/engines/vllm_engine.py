@@ -32,9 +32,10 @@ from retool.engines.sampler import mix_seed
 from retool.engines.text import Pieces, Tail
 from retool.engines.transformers_engine import _eos_ids
 from retool.engines.vllm_adapter import How, Server, ServerFailed, ServerLost, ServerRefused, request_body
+from retool.engines.vllm_group import weights_of
 from retool.engines.vllm_server import LocalServer
 from retool.engines.vllm_turn import Replica, Thread, Turn, new_thread
-from retool.engines.vllm_weights import WeightFiles, drop
+from retool.engines.vllm_weights import drop
 
 _FRESH_S = 2.0  # a server cannot have been started anew within that many seconds after it answered
 _PROBE_TOKENS = 8
@@ -83,7 +84,8 @@ class VllmEngine:
     `model`: the learner's, or one of one's own; `sync(None, v)` sends its weights as they are then, `sync(weights, v)`
     loads them into it first. `share`: a folder that learner and servers see at the same path. `context`: tokens in one
     trajectory. `local`: the server of `servers` that was started here, by url; it is started again when it dies.
-    `sleep`: between `rest` and `sync` servers leave their GPU's memory to the learner.
+    `sleep`: between `rest` and `sync` servers leave their GPU's memory to the learner. `sync_host`, `sync_s`: of groups
+    (`vllm_group.WeightGroups`).
     """
 
     def __init__(
@@ -99,6 +101,8 @@ class VllmEngine:
         start_s: float = 600.0,
         local: Mapping[str, LocalServer] | None = None,
         sleep: bool = False,
+        sync_host: str | None = None,
+        sync_s: float = 300.0,
     ) -> None:
         if not servers:
             raise ValueError("a vLLM engine needs at least one server")
@@ -107,7 +111,7 @@ class VllmEngine:
         self._replicas = [Replica(s, (local or {}).get(s.url)) for s in servers]
         self._pieces = Pieces(tokenizer, model.config.get_text_config().vocab_size)
         self._eos = _eos_ids(model, tokenizer)
-        self._files = WeightFiles(model, tokenizer, share, weight_sync)
+        self._weights = weights_of(model, tokenizer, weight_sync, share=share, sync_host=sync_host, sync_s=sync_s)
         half = next(model.parameters()).dtype != torch.float32
         self._tolerance = probe_tolerance if probe_tolerance is not None else (0.2 if half else 1e-3)
         self._start_s = start_s
@@ -170,7 +174,7 @@ class VllmEngine:
             self._gate.clear()
             await self._cut()
             # with adapters alone the next update brings no base: it has to be kept
-            level = 1 if self._files.how == "adapter" else 2
+            level = 1 if self._weights.how == "adapter" else 2
             for replica in [r for r in self._replicas if r.good and not r.asleep]:
                 try:
                     await replica.server.sleep(level)
@@ -194,7 +198,7 @@ class VllmEngine:
                 torch.cuda.empty_cache()  # what the learner is done with is what the servers wake up in
             try:
                 await self._cut()
-                old = await asyncio.to_thread(self._files.save, any(r.local is not None for r in self._replicas))
+                old = await asyncio.to_thread(self._weights.save, any(r.local is not None for r in self._replicas))
                 self._version = version
                 self._counts["updates"] += 1
                 if self._ready:
@@ -221,7 +225,7 @@ class VllmEngine:
             await replica.server.close()
             if replica.local is not None:
                 await asyncio.to_thread(replica.local.remove)
-        await asyncio.to_thread(self._files.close)
+        await asyncio.to_thread(self._weights.close)
 
     # -- what sessions call -----------------------------------------------------------------------------------------
 
@@ -287,7 +291,7 @@ class VllmEngine:
                 tail=[*thread.said, *turn.ids],
                 sampled=len(turn.ids),
                 salt=replica.tag,
-                adapter=self._files.how == "adapter",
+                adapter=self._weights.how == "adapter",
             )
             got = 0
             async with replica.server.stream(body) as chunks:
@@ -353,27 +357,32 @@ class VllmEngine:
 
     async def _pick(self) -> Replica:
         """The least loaded good server; waits for one to come back when there is none."""
+        self._settle()
         if any(not r.good for r in self._replicas) and self._reviving is None:
             self._reviving = asyncio.get_running_loop().create_task(self._revive())
         while self._reviving is not None and not any(r.good for r in self._replicas):
             await asyncio.wait({self._reviving}, timeout=0.2)
-            if self._reviving is not None and self._reviving.done():
-                break
+            self._settle()
         if self._closed:
             raise EngineError("the engine is closed")
-        if self._reviving is not None and self._reviving.done():
-            task, self._reviving = self._reviving, None
-            failure = None if task.cancelled() else task.exception()
-            if isinstance(failure, ProbeMismatch):
-                self._fatal = failure
-            elif failure is not None:
-                raise failure  # a server that answers but may not be used is told once
         if self._fatal is not None:
             raise self._fatal
         if not any(r.good for r in self._replicas):
             told = "; ".join(f"{r.server.url}: {r.why}" for r in self._replicas)
             raise EngineError(f"no vLLM server answers: {told}")
         return min((r for r in self._replicas if r.good), key=lambda r: r.sessions)
+
+    def _settle(self) -> None:
+        """What came of the last search for lost servers; a server that answers but may not be used is told once."""
+        task = self._reviving
+        if task is None or not task.done():
+            return
+        self._reviving = None
+        failure = None if task.cancelled() else task.exception()
+        if isinstance(failure, ProbeMismatch):
+            self._fatal = failure
+        elif failure is not None:
+            raise failure
 
     async def _revive(self) -> None:
         """Bring lost servers back, for at most `start_s`; a server started here is started again."""
@@ -384,7 +393,7 @@ class VllmEngine:
                 return
             for replica in lost:
                 if replica.local is not None and not replica.local.alive:
-                    await asyncio.to_thread(replica.local.start, self._files.start)
+                    await asyncio.to_thread(replica.local.start, self._weights.start)
                     replica.asleep = False
                 try:
                     await replica.server.check()
@@ -392,7 +401,7 @@ class VllmEngine:
                     replica.lose(error)
                     continue
                 async with self._lock:
-                    if not replica.good:
+                    if not replica.good and self._weights.current:  # else the next update brings newer ones
                         await self._install(replica)
             await asyncio.sleep(0.5)
 
@@ -414,11 +423,13 @@ class VllmEngine:
     async def _install(self, replica: Replica) -> None:
         """The newest weights on one server, and the proof; a server that is lost meanwhile is only marked."""
         try:
-            await replica.server.load(str(self._files.folder), self._files.tag, self._files.how, replica.asleep)
+            await self._weights.install(replica.server, replica.asleep)
             replica.asleep = False
-            replica.tag = self._files.tag
+            replica.tag = self._weights.tag
             await self._probe(replica)
-        except ServerLost as error:
+        except (ServerLost, ProbeMismatch) as error:
+            if isinstance(error, ProbeMismatch) and self._weights.current:
+                raise  # the learner has not moved on meanwhile
             self._counts["lost"] += 1
             replica.lose(error)
             return
@@ -459,7 +470,7 @@ class VllmEngine:
                 seed=i,
                 eos=frozenset(),
                 salt=replica.tag,
-                adapter=self._files.how == "adapter",
+                adapter=self._weights.how == "adapter",
             )
             ids: list[int] = []
             logprobs: list[float] = []
@@ -469,14 +480,14 @@ class VllmEngine:
                     logprobs += chunk.logprobs
             if len(ids) != budget:
                 raise ServerLost(f"{replica.server.url} gave {len(ids)} of {budget} tokens when it was probed")
-            own = await asyncio.to_thread(self._files.logprobs, [*prompt, *ids], len(prompt))
+            own = await asyncio.to_thread(self._weights.logprobs, [*prompt, *ids], len(prompt))
             gap = max(abs(a - b) for a, b in zip(logprobs, own, strict=True))
             self.largest_gap = max(self.largest_gap, gap)
             if not gap <= self._tolerance:
                 raise ProbeMismatch(
                     f"after the update to version {self._version}, log-probs of {replica.server.url} differ from the "
                     f"learner's by {gap:.3g}, more than engine.probe_tolerance allows ({self._tolerance:g}): the "
-                    f"server does not run the new weights (engine.weight_sync is {self._files.how})"
+                    f"server does not run the new weights (engine.weight_sync is {self._weights.how})"
                 )
 
 

@@ -49,37 +49,43 @@ def _options(config: EngineConfig, model: Any, context: int) -> dict[str, Any]:
         "probe_tolerance": config.probe_tolerance,
         "start_s": config.start_s,
         "sleep": sleeps(config),
+        "sync_host": config.sync_host,
+        "sync_s": config.sync_s,
     }
 
 
 class _SharedEngine(VllmEngine):
-    """Over servers that others started; gives the shared folder free when it is closed."""
+    """Over servers that others started; gives the shared folder free, if there is one, when it is closed."""
 
-    hold: Share
+    hold: Share | None
 
     async def close(self) -> None:
         await super().close()
-        self.hold.release()
+        if self.hold is not None:
+            self.hold.release()
 
 
 async def _join(config: EngineConfig, model: Any, tokenizer: Any, context: int) -> VllmEngine:
-    """Over servers at `engine.urls`; those that follow `engine.share` are told what to begin with."""
-    assert config.share is not None
-    share = await asyncio.to_thread(Share, config.share)
+    """Over servers at `engine.urls`; those that follow `engine.share` are told what to begin with. Without a share all
+    are expected to have a model of their own."""
+    how_of(config, model)  # raises before anything is waited for
+    share = await asyncio.to_thread(Share, config.share) if config.share is not None else None
     servers = [Server(url.rstrip("/"), config.turn_s) for url in config.urls]
     try:
         start = None
-        if not all(await asyncio.gather(*(_by_hand(s) for s in servers))):
+        if share is not None and not all(await asyncio.gather(*(_by_hand(s) for s in servers))):
             start = await asyncio.to_thread(_publish, config, share, model, tokenizer, context)
         await asyncio.gather(*(answers(s, config.start_s, start) for s in servers))
-        await asyncio.to_thread(share.sweep)
+        if share is not None:
+            await asyncio.to_thread(share.sweep)
         engine = _SharedEngine(model, tokenizer, servers, **_options(config, model, context))
         engine.hold = share
         return engine
     except BaseException:
         for server in servers:
             await server.close()
-        share.release()
+        if share is not None:
+            share.release()
         raise
 
 
@@ -183,8 +189,11 @@ def how_of(config: EngineConfig, model: Any) -> How:
     """`auto` sends adapters alone only to a server of this run's own, whose base is surely the learner's."""
     if config.weight_sync == "auto":
         return "adapter" if has_adapters(model) and not config.urls else "file"
-    if config.weight_sync == "nccl":
-        raise UserError("engine.weight_sync nccl is not available")
+    if config.weight_sync in ("nccl", "ipc") and next(model.parameters()).device.type != "cuda":
+        raise UserError(
+            f"engine.weight_sync {config.weight_sync} needs a learner on a CUDA device; set engine.weight_sync=gloo "
+            "(over the network, any device) or file (a folder that both see)"
+        )
     return config.weight_sync
 
 

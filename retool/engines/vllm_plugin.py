@@ -1,12 +1,14 @@
-"""What retool adds to a vLLM server. Runs in vLLM's interpreter and imports vLLM, torch and `text.py` only.
+"""What retool adds to a vLLM server. Runs in vLLM's interpreter and imports vLLM, torch and the files that
+`vllm_server.write_plugin` puts beside it.
 
 - `Bans`: a logits processor that forbids every token which would complete a banned string (and, before `min_tokens`, a
   stop string or the end of the text). It works before log-probs are taken, so they are renormalised as in the
   embedded engine. A request carries `vllm_xargs`: `retool_banned`, `retool_early` (JSON lists of strings),
   `retool_early_ids` (JSON list of token ids), `retool_min_tokens` and `retool_tail` (JSON list of token ids sampled in
   this turn before).
-- `FileWeights`: a weight transfer engine that reads safetensors from a folder which learner and server share.
-- `WorkerExtension`: makes every worker know `FileWeights`.
+- `Weights`: a weight transfer engine that reads safetensors from a folder which learner and server share, or takes
+  buckets over a process group with the learner.
+- `WorkerExtension`: makes every worker know `Weights`.
 
 The server is started with --logits-processors, --worker-extension-cls and --weight-transfer-config (vllm_server.py).
 """
@@ -35,8 +37,9 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
 
 from .text import Bans as BannedTokens
 from .text import Pieces, Tail
+from .weight_group import Invitation, Receiver
 
-BACKEND = "retool_file"
+BACKEND = "retool"
 Processor = Callable[[list[int], torch.Tensor], torch.Tensor]
 
 
@@ -122,31 +125,56 @@ class _Bouncer:
 
 @dataclass
 class _Init(WeightTransferInitInfo):
-    """Nothing has to be agreed on."""
+    """`group`: a `weight_group.Invitation`; None: weights come as files, and nothing has to be agreed on."""
+
+    group: dict[str, Any] | None = None
 
 
 @dataclass
 class _Update(WeightTransferUpdateInfo):
-    """`folder`: holds `*.safetensors` with all weights under their checkpoint names."""
+    """`folder`: holds `*.safetensors` with all weights under their checkpoint names. `bucket`: some of the weights, as
+    `weight_group.Receiver.receive` takes them."""
 
-    folder: str
+    folder: str | None = None
+    bucket: dict[str, Any] | None = None
 
 
-class FileWeights(WeightTransferEngine[_Init, _Update]):
-    """Whole weights from files, loaded in place layer by layer."""
+class Weights(WeightTransferEngine[_Init, _Update]):
+    """Whole weights, loaded in place layer by layer."""
 
     init_info_cls = _Init
     update_info_cls = _Update
     supports_draft_weight_update = False
+    _receiver: Receiver | None = None
+    _half = False  # an update has begun and not ended
 
     def init_transfer_engine(self, init_info: _Init) -> None:
-        """Nothing to do."""
+        """Join the learner's group."""
+        if init_info.group is None:
+            return
+        invitation, old = Invitation.read(init_info.group), self._receiver
+        busy = ""
+        if old is not None and old.invitation.run != invitation.run and old.alive():
+            busy = "this server gets the weights of another run, which is still there"
+        config = self.parallel_config
+        rank = config.data_parallel_index * config.world_size + config.rank
+        made = Receiver(invitation, rank, self.device, busy)
+        self.shutdown()
+        self._receiver = made
 
     def start_weight_update(self) -> None:
+        if self._half:  # what came before it broke off must not count as loaded
+            finalize_layerwise_reload(self.model, self.model_config)
+        self._half = True
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: _Update) -> None:
-        files = sorted(Path(update_info.folder).glob("*.safetensors"))
+        if update_info.bucket is not None:
+            if self._receiver is None:
+                raise RuntimeError("no group: this server was started anew")
+            self.model.load_weights(iter(self._receiver.receive(update_info.bucket)))
+            return
+        files = sorted(Path(update_info.folder or "").glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"no safetensors in {update_info.folder}: is the folder mounted here?")
         for file in files:
@@ -158,9 +186,13 @@ class FileWeights(WeightTransferEngine[_Init, _Update]):
             # on CPU a tied head keeps its own packed copy of the embedding, which nothing above renews
             if isinstance(layer, ParallelLMHead) and hasattr(layer, "cpu_linear"):
                 layer.quant_method.process_weights_after_loading(layer)
+        self._half = False
 
     def shutdown(self) -> None:
-        """Nothing is held."""
+        """Leave the group."""
+        receiver, self._receiver = self._receiver, None
+        if receiver is not None:
+            receiver.close()
 
 
 class WorkerExtension:
@@ -168,4 +200,4 @@ class WorkerExtension:
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, FileWeights)
+    WeightTransferEngineFactory.register_engine(BACKEND, Weights)

@@ -56,8 +56,8 @@ def write_plugin(folder: Path) -> Path:
     """Put the files that run inside vLLM into `folder`, as the package `retool_vllm`; gives back `folder`."""
     package = folder / "retool_vllm"
     package.mkdir(parents=True, exist_ok=True)
-    for source, name in (("vllm_plugin.py", "plugin.py"), ("text.py", "text.py"), ("vllm_launch.py", "launch.py")):
-        shutil.copyfile(_HERE / source, package / name)
+    for name in ("vllm_plugin.py", "vllm_launch.py", "text.py", "weight_group.py", "weight_wire.py"):
+        shutil.copyfile(_HERE / name, package / name.removeprefix("vllm_"))
     (package / "__init__.py").write_text('"""Runs inside vLLM; see retool.engines.vllm_plugin."""\n', encoding="utf-8")
     return folder
 
@@ -79,7 +79,7 @@ def arguments(
     made += ["--no-async-scheduling"]  # bans must see every sampled id before the next one is chosen
     made += ["--logits-processors", "retool_vllm.plugin:Bans"]
     made += ["--worker-extension-cls", "retool_vllm.plugin.WorkerExtension"]
-    made += ["--weight-transfer-config", '{"backend": "retool_file"}']
+    made += ["--weight-transfer-config", '{"backend": "retool"}']
     made += ["--max-model-len", str(context)] if context is not None else []
     made += ["--enforce-eager", "--block-size", "32"] if cpu else []
     return [*made, *more]

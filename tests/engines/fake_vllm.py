@@ -14,19 +14,25 @@ import torch
 from safetensors.torch import load_file
 
 from retool.engines.sampler import draw, processed_logprobs, uniforms
+from retool.engines.weight_group import Invitation, Receiver
+from retool.engines.weight_wire import WireError
 from retool.lora import adapters
 
 
 class FakeVllm(httpx.AsyncBaseTransport):
     """`down`: nobody answers. `broken`: says so when it is to load weights, and closes the connection, as vLLM does.
-    `deaf`: takes weights and keeps the old ones. `restart()`: as after a crash. A model with adapters is a server
-    started with --enable-lora: it serves the adapters in `served`."""
+    `deaf`: takes weights and keeps the old ones. `stuck`: takes part in no broadcast and does not answer. `restart()`:
+    as after a crash. A model with adapters is a server started with --enable-lora: it serves the adapters in `served`.
+    It is the worker of a group itself, as the plugin is inside vLLM."""
 
     def __init__(self, model: Any, slow: float = 0.0, version: str = "0.32.0", dev: bool = True) -> None:
         self.model, self.slow, self.version, self.dev = model, slow, version, dev
         self.first = {k: v.clone() for k, v in model.state_dict().items()}
         self.tag = "default"
-        self.down = self.deaf = self.broken = self.closed = False
+        self.down = self.deaf = self.broken = self.closed = self.stuck = False
+        self.updating = False
+        self.receiver: Receiver | None = None
+        self.joined = self.buckets = 0
         self.paused = False
         self.calls: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -38,6 +44,14 @@ class FakeVllm(httpx.AsyncBaseTransport):
         self.model.load_state_dict(self.first)
         self.tag = "default"
         self.served = []
+        self.updating = False
+        self.leave()
+
+    def leave(self) -> None:
+        """Its worker is gone."""
+        if self.receiver is not None:
+            self.receiver.close()
+        self.receiver = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         if self.down:
@@ -71,10 +85,14 @@ class FakeVllm(httpx.AsyncBaseTransport):
         if path == "/update_weights" and self.broken:
             self.closed = True
             return httpx.Response(500, json={"error": {"message": "Worker failed with error ''"}})
-        if path == "/update_weights" and not self.deaf:
-            self._load(Path(body["update_info"]["folder"]))
-        if path == "/finish_weight_update":
-            self.tag = body["weight_version"]
+        if path == "/get_world_size":
+            return httpx.Response(200, json={"world_size": 1})
+        if "weight_transfer" in path or "weight_update" in path or path == "/update_weights":
+            try:
+                await self._transfer(path, body)
+            except (WireError, ValueError) as error:
+                self.updating = self.updating and path != "/update_weights"
+                return httpx.Response(500, json={"error": {"message": str(error)}})
         if path == "/update_weight_version":
             self.tag = body["new_version"]
         self.paused = path == "/pause" or (self.paused and path != "/resume")
@@ -96,6 +114,38 @@ class FakeVllm(httpx.AsyncBaseTransport):
                     getattr(layers[layer], part).copy_(found[f"base_model.model.{layer}.{part}.weight"])
         self.served.append(name)
         return httpx.Response(200, text="Success")
+
+    async def _transfer(self, path: str, body: dict[str, Any]) -> None:
+        if path == "/init_weight_transfer_engine" and "group" in body["init_info"]:
+            invitation = Invitation.read(body["init_info"]["group"])
+            old, busy = self.receiver, ""
+            if old is not None and old.invitation.run != invitation.run and old.alive():
+                busy = "this server gets the weights of another run, which is still there"
+            made = await asyncio.to_thread(Receiver, invitation, 0, torch.device("cpu"), busy)
+            self.leave()
+            self.receiver, self.joined = made, self.joined + 1
+        if path == "/start_weight_update":
+            if self.updating:
+                raise ValueError("start_weight_update called while a weight update is already active.")
+            self.updating = True
+        if path == "/finish_weight_update":
+            if not self.updating:
+                raise ValueError("finish_weight_update called without a matching start_weight_update.")
+            self.updating = False
+            self.tag = body.get("weight_version") or self.tag
+        if path == "/update_weights":
+            update = body["update_info"]
+            if "folder" in update:
+                return None if self.deaf else self._load(Path(update["folder"]))
+            while self.stuck:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            if self.receiver is None:
+                raise ValueError("no group: this server was started anew")
+            found = dict(await asyncio.to_thread(self.receiver.receive, update["bucket"]))
+            self.buckets += 1
+            if not self.deaf:
+                self.model.load_state_dict(found, strict=False)
+        return None
 
     def _load(self, folder: Path) -> None:
         for file in folder.glob("*.safetensors"):

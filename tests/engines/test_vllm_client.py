@@ -200,7 +200,22 @@ async def test_a_server_that_was_started_anew_is_noticed(monkeypatch: pytest.Mon
     with pytest.raises(ServerLost, match="started anew"):
         await session.generate(Sampling(3))
     again = await engine.open(session.ids, seed=0)
-    assert server.tag == engine._files.tag and (await again.generate(Sampling(3))).ids
+    assert server.tag == engine._weights.tag and (await again.generate(Sampling(3))).ids
+    await engine.close()
+
+
+async def test_a_server_that_is_lost_again_is_looked_for_again() -> None:
+    engine, (server,) = fakes("tags")
+    for _ in range(3):
+        session = await engine.open(encode(TOK, PROMPT), seed=0)
+        while engine._reviving is not None and not engine._reviving.done():  # noqa: ASYNC110 (it found it)
+            await asyncio.sleep(0.01)
+        server.down = True
+        with pytest.raises(ServerLost):
+            await session.generate(Sampling(3))
+        server.restart()
+        server.down = False
+    assert (await engine.open(encode(TOK, PROMPT), seed=0)).ids
     await engine.close()
 
 
@@ -286,7 +301,7 @@ async def test_a_server_that_cannot_load_the_first_weights_has_another_model() -
 
 def held(engine: VllmEngine) -> list[Path]:
     """What lies in the shared folder."""
-    return list(engine._files._share.glob("*"))
+    return list(engine._weights._share.glob("*"))
 
 
 async def test_an_update_pauses_loads_drops_the_cache_and_resumes() -> None:
@@ -327,7 +342,7 @@ async def test_an_adapter_goes_over_alone_and_the_one_before_is_forgotten() -> N
         for layer in adapters(model).values():
             layer.lora_B.mul_(0.5)
     await engine.sync(None, 1)
-    assert server.served == [f"policy-{engine._files.tag}"] and server.tag == engine._files.tag
+    assert server.served == [f"policy-{engine._weights.tag}"] and server.tag == engine._weights.tag
     assert (await session.generate(Sampling(3))).versions == ((0, 1),)
     assert server.bodies[-1]["model"] == server.served[0] and engine.largest_gap <= 1e-4
     await engine.close()
@@ -374,7 +389,6 @@ async def test_a_server_that_will_not_do_is_refused(options: dict[str, Any], mat
         (["engine.urls=[http://a:1]"], "needs engine.kind vllm"),
         (["engine.kind=vllm", "engine.urls=[http://a:1]"], "needs engine.share"),
         (["engine.kind=vllm", "engine.urls=[a:1]", "engine.share=/x"], "write http://HOST:PORT"),
-        (["engine.kind=vllm", "engine.weight_sync=nccl"], "not available yet"),
         (["engine.kind=vllm", "deterministic=true"], "needs engine.kind transformers"),
     ],
 )
@@ -400,4 +414,4 @@ def test_the_servers_command_line(tmp_path: Path) -> None:
     assert made[made.index("--logprobs-mode") + 1] == "processed_logprobs"
     assert made[made.index("--max-model-len") + 1] == "99" and made[-2:] == ["--seed", "1"]
     names = {p.name for p in (write_plugin(tmp_path) / "retool_vllm").iterdir()}
-    assert names == {"__init__.py", "plugin.py", "text.py", "launch.py"}
+    assert names == {"__init__.py", "plugin.py", "text.py", "launch.py", "weight_group.py", "weight_wire.py"}

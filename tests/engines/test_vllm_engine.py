@@ -9,7 +9,6 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,6 @@ from tests.engines.speakers import PROMPT, RESULT, STOP, TURN, encode
 from tests.engines.vllm_servers import LONG, Fleet, answers, model_of, python, start, tokenizer_of
 
 pytestmark = [pytest.mark.stack, pytest.mark.slow]
-
-
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    made = Fleet(tmp_path_factory.mktemp("vllm"))
-    yield made
-    made.close()
 
 
 class TestVllm(WeightsContract):
@@ -205,7 +197,7 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
         end = time.monotonic() + 600
         while any(not r.good for r in engine._replicas) and time.monotonic() < end:  # noqa: ASYNC110
             await asyncio.sleep(0.5)
-        assert all(r.good and r.tag == engine._files.tag for r in engine._replicas)
+        assert all(r.good and r.tag == engine._weights.tag for r in engine._replicas)
         # the lifeline: a server whose starter is gone ends itself
         process = own._process
         assert process is not None and process.stdin is not None
