@@ -38,6 +38,11 @@ def test_compose_has_the_dockerfiles_defaults_and_every_key_is_in_the_example(se
         assert re.search(rf"^#? ?{name}=", example, re.M), name
 
 
+def test_the_sandbox_alone_is_built_as_in_the_stack() -> None:
+    alone = yaml.safe_load((ROOT / "docker/sandbox.compose.yml").read_text())["services"]["sandbox"]["build"]
+    assert {**alone, "context": "."} == built("sandbox")[0] and alone["context"] == ".."
+
+
 @pytest.mark.parametrize("service", SERVICES)
 def test_no_wheels_are_needed(service: str) -> None:
     """BuildKit is sent only what some COPY names: a folder that may be missing needs a file beside it that is not."""
