@@ -9,6 +9,9 @@ ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
 ARG PIP_ARGS=
+# Empty: pip's own. Behind a mirror or a proxy: docs/stack.md.
+ARG PIP_INDEX_URL=
+ARG PIP_EXTRA_INDEX_URL=
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_FIND_LINKS=/src/docker/wheels
 RUN python3 -m venv /opt/retool
 WORKDIR /src

@@ -4,19 +4,23 @@
 #   docker build -f docker/trainer.Dockerfile -t retool-trainer .
 #
 # BASE: any image with Python 3.11 or newer as `python3`, with `venv`. CONSTRAINTS: the exact versions of the CPU
-# installation; empty (--build-arg CONSTRAINTS=) takes the newest that fit, which for torch means CUDA's. Where the build
-# has no package index, put wheels into docker/wheels/ and pass --build-arg PIP_ARGS=--no-index.
+# installation; empty takes the newest that fit. For torch with CUDA: --build-arg CONSTRAINTS= --build-arg PIP_EXTRA_INDEX_URL=
+# Where the build has no package index, put wheels into docker/wheels/ and pass --build-arg PIP_ARGS=--no-index.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
 ARG PIP_ARGS=
+# Empty: pip's own. Behind a mirror or a proxy: docs/stack.md.
+ARG PIP_INDEX_URL=
+# torch's CPU build, which pip prefers where it finds it: without this index torch brings CUDA, gigabytes.
+ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG CONSTRAINTS=requirements/cpu.txt
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_FIND_LINKS=/src/docker/wheels
 RUN python3 -m venv /opt/retool
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY requirements/ requirements/
-COPY LICENSE docker/wheel[s] docker/wheels/
+COPY docker/*.sh docker/wheel[s] docker/wheels/
 # An empty package first, so that a change of the source does not install the dependencies again.
 RUN mkdir -p retool && touch retool/__init__.py \
  && /opt/retool/bin/python -m pip install -q $PIP_ARGS ${CONSTRAINTS:+-c $CONSTRAINTS} '.[train]' \

