@@ -36,6 +36,6 @@ ENV PATH=/opt/retool/bin:/usr/local/bin:/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1 
 WORKDIR /tmp
 EXPOSE 8080
 HEALTHCHECK --interval=15s --timeout=10s --start-period=30s --retries=3 \
-  CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8080/healthz', timeout=9).read()"]
+  CMD ["python3", "-c", "import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', 8080, timeout=9); c.request('GET', '/healthz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["retool", "sandbox"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8080", "--tier", "uid", "--token-file", "/run/secrets/sandbox_token"]

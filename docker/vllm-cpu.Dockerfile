@@ -36,6 +36,6 @@ WORKDIR /tmp
 EXPOSE 8000
 # Healthy also while it waits for a model; its weight endpoints trust whoever reaches them: never publish the port.
 HEALTHCHECK --interval=10s --timeout=6s --start-period=20s --retries=3 \
-  CMD ["python3", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8001/health', timeout=5).read()"]
+  CMD ["python3", "-c", "import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', 8001, timeout=5); c.request('GET', '/health'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python3", "-m", "retool.engines.vllm_server", "--cpu"]
 CMD ["--share", "/srv/retool/engine", "--host", "0.0.0.0", "--port", "8000", "--health-port", "8001"]

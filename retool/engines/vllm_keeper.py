@@ -9,6 +9,7 @@ when it dies. SIGTERM ends both; a killed keeper takes its server along (vllm_la
 
 from __future__ import annotations
 
+import http.client
 import json
 import shutil
 import signal
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -113,12 +113,15 @@ class Keeper:
         return answered or self.state == "starting"
 
     def _answers(self) -> bool:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        connection = http.client.HTTPConnection(host, self.port, timeout=4)  # not urllib: it would ask a proxy
         try:
-            with urllib.request.urlopen(f"http://{host}:{self.port}/health", timeout=4) as reply:
-                return bool(reply.status == 200)
-        except OSError:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
             return False
+        finally:
+            connection.close()
 
     def _begin(self, start: Start, plugin: Path) -> None:
         command = arguments(
