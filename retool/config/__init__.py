@@ -1,10 +1,10 @@
 """One typed configuration of a run. Unknown keys are refused; `retool.recipe` reads files and applies presets."""
 
+from retool.config.engine import EngineConfig
 from retool.config.objective import ObjectiveConfig
 from retool.config.recipe import (
     DataConfig,
     DynamicConfig,
-    EngineConfig,
     EvalConfig,
     LearnerConfig,
     LoraConfig,
