@@ -37,7 +37,13 @@ register_url_convertor("anything", _Anything())
 
 def _endpoint(state: ServerState, route: Route) -> Any:
     async def endpoint(request: Request) -> Response:
-        return await route.handler(state, request)
+        try:
+            return await route.handler(state, request)
+        except Refused as refused:
+            state.refuse(refused.fields["code"])
+            return refused.reply().response()
+        except SandboxError as error:
+            return error_reply(error).response()
 
     functools.update_wrapper(endpoint, route.handler, assigned=("__doc__", "__name__"), updated=())
     del endpoint.__wrapped__  # type: ignore[attr-defined]
@@ -45,24 +51,17 @@ def _endpoint(state: ServerState, route: Route) -> Any:
 
 
 class _Shortcut:
-    """Answers endpoints without parameters itself: routing and middleware would cost as much as all the rest."""
+    """Calls endpoints without parameters itself: what is asked most saves the way through routing and middleware."""
 
-    def __init__(self, app: FastAPI, state: ServerState, endpoints: dict[tuple[str, str], Any]) -> None:
-        self._app, self._state, self._endpoints = app, state, endpoints
+    def __init__(self, app: FastAPI, endpoints: dict[tuple[str, str], Any]) -> None:
+        self._app, self._endpoints = app, endpoints
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoints.get((scope["method"], scope["path"]))
         if endpoint is None:
             await self._app(scope, receive, send)
             return
-        request = Request(scope, receive, send)
-        try:
-            response = await endpoint(request)
-        except Refused as refused:
-            self._state.refuse(refused.fields["code"])
-            response = refused.reply().response()
-        except SandboxError as error:
-            response = error_reply(error).response()
+        response = await endpoint(Request(scope, receive, send))
         await response(scope, receive, send)
 
 
@@ -75,26 +74,10 @@ def create_app(state: ServerState) -> Gate:
         app.router.add_route(route.path, endpoint, [route.method], include_in_schema=False)
         if "{" not in route.path:
             endpoints[route.method, route.path] = endpoint
-    app.add_exception_handler(Refused, _on_refused(state))
-    app.add_exception_handler(SandboxError, _on_failure)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_mistake)
     app.openapi = functools.cache(lambda: describe(ROUTES, app.title))  # type: ignore[method-assign]
-    return Gate(_Shortcut(app, state, endpoints), state)
-
-
-def _on_refused(state: ServerState) -> Any:
-    async def handler(request: Request, error: Exception) -> Response:
-        assert isinstance(error, Refused)
-        state.refuse(error.fields["code"])
-        return error.reply().response()
-
-    return handler
-
-
-async def _on_failure(request: Request, error: Exception) -> Response:
-    assert isinstance(error, SandboxError)
-    return error_reply(error).response()
+    return Gate(_Shortcut(app, endpoints), state)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
