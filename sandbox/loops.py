@@ -1,4 +1,4 @@
-"""Which event loop our own processes run on: uvloop, which takes half as long; asyncio's where it is not installed."""
+"""Which event loop our own processes run on: uvloop, which costs less; asyncio's where it is not installed."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ _plain_kill = os.kill
 
 
 def _finish() -> None:
-    """What the interpreter does at its end: threads, atexit, buffers. User code may break any of it."""
+    """What the interpreter does at its end, but for its buffers: threads, atexit. User code may break any of it."""
     for step in (_end_threads, atexit._run_exitfuncs):
         with contextlib.suppress(BaseException):
             step()
@@ -81,7 +81,7 @@ def _finish() -> None:
 
 def _end_threads() -> None:
     """Wait for them, if there were any: where there are none it is a dear way of doing nothing."""
-    if threading.active_count() > 1 or threading._threading_atexits:  # type: ignore[attr-defined]
+    if threading.active_count() > 1 or getattr(threading, "_threading_atexits", True):
         threading._shutdown()  # type: ignore[attr-defined]
 
 
