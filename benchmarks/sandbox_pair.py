@@ -12,10 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -26,48 +23,27 @@ from sandbox.bench.load import percentile
 from sandbox.bench.main import machine
 from sandbox.loops import new_event_loop
 
-TRIES = 300
-
-
-@contextlib.asynccontextmanager
-async def _server(folder: Path, port: int, tier: str) -> Any:
-    command = [sys.executable, "-m", "retool", "sandbox", "serve", "--port", str(port), "--tier", tier]
-    process = await asyncio.create_subprocess_exec(
-        *(*command, "--profile", "py-bare"),
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        stdout=asyncio.subprocess.DEVNULL,
-    )
-    caller = Caller(f"http://127.0.0.1:{port}")
-    call = targets.native(caller)
-    try:
-        for _ in range(TRIES):
-            if process.returncode is not None:
-                raise SystemExit(f"the server of {folder} ended")
-            with contextlib.suppress(OSError):
-                if await call("print(1)") == "ok":
-                    break
-            await asyncio.sleep(0.1)
-        yield call
-        await caller.close()
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            await process.wait()
-
 
 async def measure(folders: list[Path], tier: str, count: int, pause_s: float) -> dict[str, Any]:
     """Alternating requests to a server of each folder."""
     times: list[list[float]] = [[], []]
-    async with _server(folders[0], 18471, tier) as first, _server(folders[1], 18472, tier) as second:
+    options = ("--tier", tier, "--profile", "py-bare")
+    async with (
+        targets.server(*options, source=folders[0]) as (first, _),
+        targets.server(*options, source=folders[1]) as (second, _),
+    ):
+        callers = [Caller(first), Caller(second)]
+        calls = [targets.native(caller) for caller in callers]
         for number in range(count):
             for index in (0, 1) if number % 2 else (1, 0):
                 started = time.perf_counter()
-                status = await (first, second)[index]("print(1)")
+                status = await calls[index]("print(1)")
                 times[index].append(1e3 * (time.perf_counter() - started))
                 if status != "ok":
                     raise SystemExit(f"{folders[index]}: {status}")
                 await asyncio.sleep(pause_s)
+        for caller in callers:
+            await caller.close()
     figures = [
         {
             "p50_ms": round(percentile(row, 0.5), 3),

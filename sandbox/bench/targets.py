@@ -77,8 +77,10 @@ def cold(python: str = sys.executable) -> Call:
 
 
 @asynccontextmanager
-async def server(*options: str) -> AsyncIterator[tuple[str, int]]:
-    """`retool sandbox serve` on a free port; (URL, process id). Raises `RuntimeError` with its last words."""
+async def server(*options: str, source: Path | None = None) -> AsyncIterator[tuple[str, int]]:
+    """`retool sandbox serve` on a free port; (URL, process id). `source`: a checkout to take it from instead of this
+    one. Raises `RuntimeError` with its last words."""
+    paths = [str(source)] if source else [path or "." for path in sys.path]
     with TemporaryDirectory(prefix="retool-bench-") as folder:
         log = Path(folder, "server.log")
         port = _free_port()
@@ -87,7 +89,8 @@ async def server(*options: str) -> AsyncIterator[tuple[str, int]]:
                 *(sys.executable, "-m", "retool", "sandbox", "serve", "--port", str(port), *options),
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path or "." for path in sys.path)},
+                cwd=source,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             )
         url = f"http://127.0.0.1:{port}"
         try:
