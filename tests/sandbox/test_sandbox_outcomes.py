@@ -270,3 +270,9 @@ async def test_unknown_names_are_refused() -> None:
         LocalSandbox("py-maths")
     with pytest.raises(ValueError, match="choose from"):
         LocalSandbox(tier="vm")
+
+
+async def test_a_pool_is_waited_for_at_the_end(box: LocalSandbox) -> None:
+    """Its threads are ended by a hook of `threading`, not by being joined."""
+    late = "from concurrent.futures import ThreadPoolExecutor\nimport time\nThreadPoolExecutor().submit(lambda: (time.sleep(0.2), print('late')))"
+    assert (await box.exec(late)).stdout.endswith("late\n")
