@@ -8,10 +8,20 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from sandbox.types import SandboxProtocolError
-from sandbox.wire import MAX_FRAME, pack_frame
 
+MAX_FRAME = 64 * 1024 * 1024
+"""Bytes of the largest message between client and supervisor."""
+_JSON = json.JSONEncoder(separators=(",", ":"))
 _SIZE = 4
 _CHUNK = 64 * 1024
+
+
+def pack_frame(message: dict[str, Any]) -> bytes:
+    """A message as length and JSON. Lone surrogates survive. Raises `SandboxProtocolError` when too large."""
+    body = _JSON.encode(message).encode("ascii")
+    if len(body) > MAX_FRAME:
+        raise SandboxProtocolError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
+    return len(body).to_bytes(_SIZE, "big") + body
 
 
 class FrameProtocol(asyncio.BufferedProtocol):

@@ -1,59 +1,23 @@
-"""How processes of the sandbox talk: framed JSON for requests, small packets with file descriptors for the warm unit.
+"""Small packets with file descriptors: how the supervisor talks with its warm unit, the warden and the zygote.
 
-Sizes are bounded on both sides, nothing is ever unpickled.
+The zygote imports this, and every page that it maps is mapped anew for each run: nothing large is imported here.
 """
 
 from __future__ import annotations
 
 import array
-import asyncio
-import json
 import os
 import socket
 import struct
-from typing import Any
-
-from sandbox.types import SandboxProtocolError
-
-MAX_FRAME = 64 * 1024 * 1024
-"""Bytes of the largest message between client and supervisor."""
-_HEADER = struct.Struct("!I")
-_JSON = json.JSONEncoder(separators=(",", ":"))
-
-
-def pack_frame(message: dict[str, Any]) -> bytes:
-    """A message as length and JSON. Lone surrogates survive. Raises `SandboxProtocolError` when too large."""
-    body = _JSON.encode(message).encode("ascii")
-    if len(body) > MAX_FRAME:
-        raise SandboxProtocolError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
-    return _HEADER.pack(len(body)) + body
-
-
-async def read_frame(reader: asyncio.StreamReader) -> dict[str, Any] | None:
-    """The next message, or None at the end of the stream. Raises `SandboxProtocolError` for anything else."""
-    try:
-        (size,) = _HEADER.unpack(await reader.readexactly(_HEADER.size))
-        if size > MAX_FRAME:
-            raise SandboxProtocolError(f"frame of {size} bytes exceeds {MAX_FRAME}")
-        message = json.loads(await reader.readexactly(size))
-    except (asyncio.IncompleteReadError, ConnectionError):
-        return None
-    except ValueError as error:
-        raise SandboxProtocolError(f"frame is not JSON: {error}") from error
-    if not isinstance(message, dict):
-        raise SandboxProtocolError(f"frame holds {type(message).__name__}, not an object")
-    return message
-
-
-# --- packets between the supervisor and its warm unit (warden and zygote) -----------------------------------------
 
 PACKET = struct.Struct("!cQqqqq")
 """kind, id, and four numbers whose meaning depends on the kind."""
 MAX_FDS = 8
+_SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
 
 SPAWN = b"S"
-"""To the zygote: fork a child. numbers: uid, pid as it will see itself (0: not known), 1 to join a control group. fds:
-job, stdout, stderr, report[, pidfd of its init][, where to join the group]; a work folder is named by the id."""
+"""To the zygote: fork a child. numbers: uid, 1 to join a control group. fds: job, stdout, stderr, report[, pidfd of its
+init][, where to join the group]; a work folder is named by the id."""
 SPAWNED = b"s"
 """From the zygote: numbers: pid."""
 EXITED = b"x"
@@ -85,17 +49,14 @@ def send_packet(
 
 def receive_packet(sock: socket.socket, flags: int = 0) -> tuple[bytes, int, tuple[int, ...], list[int]] | None:
     """The next packet as (kind, id, numbers, file descriptors), or None at the end."""
-    size = array.array("i").itemsize
     try:
-        data, ancillary, _, _ = sock.recvmsg(PACKET.size, socket.CMSG_SPACE(MAX_FDS * size), flags)
+        data, ancillary, _, _ = sock.recvmsg(PACKET.size, _SPACE, flags | socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
         return None
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-            fds.frombytes(payload[: len(payload) - len(payload) % size])
-    for fd in fds:
-        os.set_inheritable(fd, False)
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
     if len(data) != PACKET.size:
         for fd in fds:
             os.close(fd)

@@ -1,7 +1,7 @@
 """Landlock: file, TCP and signal confinement that needs no privilege (Linux 5.13; kernel Documentation/userspace-api).
 
-A ruleset is built once, in the zygote, and applied in each child. Rights this kernel does not know are left out; what
-that means for a tier is found out by attacking it (`sandbox/supervisor/probe.py`), never assumed.
+Every child has a ruleset of its own. Rights this kernel does not know are left out; what that means for a tier is found
+out by attacking it (`sandbox/supervisor/probe.py`), never assumed.
 """
 
 from __future__ import annotations
@@ -9,21 +9,25 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from sandbox.linux.syscalls import syscall
 
 _CREATE, _ADD, _RESTRICT = 444, 445, 446
+PATH_BENEATH = 1  # the only kind of rule about files
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 _TRUNCATE, _IOCTL_DEV = 1 << 14, 1 << 15
 _READ = _EXECUTE | _READ_FILE | _READ_DIR
 _FILE_ONLY = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEV
 
 
-class _RulesetAttr(ctypes.Structure):
+class _Ruleset(ctypes.Structure):
     _fields_ = (("fs", ctypes.c_uint64), ("net", ctypes.c_uint64), ("scoped", ctypes.c_uint64))
 
 
-class _PathAttr(ctypes.Structure):
+class PathRule(ctypes.Structure):
+    """`struct landlock_path_beneath_attr`."""
+
     _pack_ = 1
     _fields_ = (("access", ctypes.c_uint64), ("fd", ctypes.c_int32))
 
@@ -31,13 +35,30 @@ class _PathAttr(ctypes.Structure):
 def abi() -> int:
     """Version of Landlock this kernel offers; 0 when it has none or it is switched off."""
     try:
-        return syscall("landlock_create_ruleset", _CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
+        return require()
     except OSError:
         return 0
 
 
-def _handled(version: int) -> tuple[int, int, int]:
-    """Rights to take away (files, network, scopes) that ABI `version` knows."""
+def require() -> int:
+    """`abi`, but raises `OSError` when there is none."""
+    return syscall("landlock_create_ruleset", _CREATE, None, ctypes.c_size_t(0), ctypes.c_uint(1))
+
+
+@dataclass(frozen=True)
+class Rights:
+    """What this kernel can take away, as `landlock_create_ruleset` wants it, and what is given back for which path."""
+
+    handled: ctypes.Structure
+    size: int
+    everything: int
+    read: int
+    device: int
+
+
+def rights() -> Rights:
+    """For this kernel's version of Landlock."""
+    version = abi()
     files = (1 << 13) - 1  # everything of ABI 1
     if version >= 2:
         files |= 1 << 13  # REFER
@@ -45,7 +66,14 @@ def _handled(version: int) -> tuple[int, int, int]:
         files |= _TRUNCATE
     if version >= 5:
         files |= _IOCTL_DEV
-    return files, 3 if version >= 4 else 0, 3 if version >= 6 else 0
+    handled = _Ruleset(files, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    size = 24 if version >= 6 else 16 if version >= 4 else 8
+    return Rights(handled, size, files, _READ & files, (_READ_FILE | _WRITE_FILE) & files)
+
+
+def fitting(path: str, access: int) -> int:
+    """Of `access`, what the kernel accepts for `path`: a file has no rights of folders."""
+    return access if os.path.isdir(path) else access & _FILE_ONLY  # noqa: PTH112
 
 
 def build(read: Iterable[str], write: Iterable[str], devices: Iterable[str]) -> int:
@@ -53,36 +81,29 @@ def build(read: Iterable[str], write: Iterable[str], devices: Iterable[str]) -> 
 
     Paths that do not exist are skipped: they cannot be reached either. Raises `OSError` when Landlock is missing.
     """
-    files, net, scoped = _handled(abi())
-    attr = _RulesetAttr(files, net, scoped)
-    size = 8 if not net else (16 if not scoped else 24)
-    ruleset = syscall("landlock_create_ruleset", _CREATE, ctypes.byref(attr), ctypes.c_size_t(size), ctypes.c_uint(0))
-    for paths, access in ((read, _READ), (write, files), (devices, _READ_FILE | _WRITE_FILE)):
+    given = rights()
+    ruleset = syscall(
+        "landlock_create_ruleset", _CREATE, ctypes.byref(given.handled), ctypes.c_size_t(given.size), ctypes.c_uint(0)
+    )
+    for paths, access in ((read, given.read), (write, given.everything), (devices, given.device)):
         for path in paths:
-            allow(ruleset, path, access & files)
+            _allow(ruleset, path, access)
     return ruleset
 
 
-def allow_write(ruleset: int, path: str) -> None:
-    """Let the folder `path` be used freely."""
-    allow(ruleset, path, _handled(abi())[0])
-
-
-def allow(ruleset: int, path: str, access: int) -> None:
+def _allow(ruleset: int, path: str, access: int) -> None:
     """Grant `access` beneath `path`; nothing happens when it does not exist."""
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        if not os.path.isdir(path):  # noqa: PTH112
-            access &= _FILE_ONLY
-        rule = _PathAttr(access, fd)
+        rule = PathRule(fitting(path, access), fd)
         syscall(
             "landlock_add_rule",
             _ADD,
             ctypes.c_int(ruleset),
-            ctypes.c_int(1),
+            ctypes.c_int(PATH_BENEATH),
             ctypes.byref(rule),
             ctypes.c_uint(0),
         )

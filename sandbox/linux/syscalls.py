@@ -8,9 +8,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import platform
 
-MACHINE = platform.machine()
+MACHINE = os.uname().machine if hasattr(os, "uname") else ""  # `platform` would bring `subprocess` with it
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _SYSCALL = _LIBC.syscall
 _SYSCALL.restype = ctypes.c_long
@@ -32,7 +31,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_NAME = 15
 PR_SET_SECCOMP = 22
-PR_CAPBSET_DROP = 24
+PR_CAPBSET_READ, PR_CAPBSET_DROP = 23, 24
 PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
@@ -188,6 +187,10 @@ class SeccompProgram:
         self._header = _SeccompHeader(len(program) // 8, ctypes.cast(self._buffer, ctypes.c_void_p))
         self._address = ctypes.addressof(self._header)
 
+    def put(self, offset: int, value: int) -> None:
+        """Change 32 bits of the program."""
+        ctypes.c_uint32.from_buffer(self._buffer, offset).value = value
+
     def install(self) -> None:
         """Filter this process and its future children, for good; `no_new_privs` must be set."""
         _checked("seccomp", int(_PRCTL(PR_SET_SECCOMP, 2, self._address, 0, 0)))
@@ -197,17 +200,25 @@ class _SeccompHeader(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
 
 
-_NO_CAPABILITIES = ((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+NO_CAPABILITIES = ((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())
+"""Header and contents for `capset`, version 3: nothing at all for the calling process."""
 
 
-def drop_capabilities() -> None:
-    """Empty every capability set of this process: bounding, ambient, permitted, effective, inheritable."""
-    _PRCTL(PR_CAP_AMBIENT, 4, 0, 0, 0)
-    capability = 0
-    # Ends at EINVAL, past the last capability of this kernel, or at EPERM: no CAP_SETPCAP, so nothing to regain either,
-    # because no_new_privs follows.
-    while _PRCTL(PR_CAPBSET_DROP, capability, 0, 0, 0) == 0:
-        capability += 1
-    if ctypes.get_errno() not in (errno.EINVAL, errno.EPERM):
-        _checked(f"drop capability {capability}", -1)
-    syscall("capset", _NUMBERS[MACHINE]["capset"], *_NO_CAPABILITIES)
+def capabilities() -> int:
+    """How many there are in this kernel."""
+    count = 0
+    while _PRCTL(PR_CAPBSET_READ, count, 0, 0, 0) >= 0:
+        count += 1
+    return count
+
+
+def drop_bounding() -> None:
+    """Empty this process's bounding set: no program that it or its children execute gains anything.
+
+    Without CAP_SETPCAP (EPERM) nothing happens: there is nothing to regain then either, because no_new_privs follows.
+    """
+    for capability in range(capabilities()):
+        if _PRCTL(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
+            if ctypes.get_errno() == errno.EPERM:
+                return
+            _checked(f"drop capability {capability}", -1)

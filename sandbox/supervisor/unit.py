@@ -22,8 +22,9 @@ from sandbox.supervisor.cgroups import Group
 from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
 from sandbox.types import Limits, SandboxInfraError
-from sandbox.worker.jail import INIT_SEES_CHILD_AS
 
+EAGER = {"LD_BIND_NOW": "1"}
+"""For a warm unit: libraries are linked once, and not in every child anew as it comes to call their functions."""
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 SPAWN_TIMEOUT_S = 20.0
 WARM_TIMEOUT_S = 60.0
@@ -128,7 +129,7 @@ class Unit:
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(  # noqa: ASYNC220 (a vfork; milliseconds)
                 [sys.executable, "-s", "-P", str(BOOT), "warden", json.dumps(config)],
-                env=CLEAN_ENVIRONMENT,
+                env={**CLEAN_ENVIRONMENT, **EAGER},
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -261,7 +262,7 @@ class Unit:
                 extra = (child.cell.pidfd,)
             if group is not None:
                 extra += (group.procs,)
-            numbers = (uid, INIT_SEES_CHILD_AS if self.tier.namespaces else 0, int(group is not None))
+            numbers = (uid, int(group is not None))
             _, (child.process,) = await self._ask(
                 1, wire.SPAWN, wire.SPAWNED, ident, numbers, (job_r, out_w, err_w, rep_w, *extra)
             )

@@ -17,6 +17,7 @@ import os
 import signal
 
 from sandbox.linux import syscalls as sys_
+from sandbox.linux.calls import Calls
 
 _STACK = 64 * 1024
 _BUFFER = 4096
@@ -34,15 +35,19 @@ class Anchor:
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._stream = sys_.read_stream(lifeline, base + _STACK, _BUFFER)
         self._top = ctypes.c_void_p(base + _STACK)
+        all_signals, before = (ctypes.c_uint64 * 1)(2**64 - 1), (ctypes.c_uint64 * 1)()
+        self._deaf, self._after = Calls(), Calls()
+        self._deaf.add("rt_sigprocmask", signal.SIG_SETMASK, all_signals, before, 8)
+        self._after.add("rt_sigprocmask", signal.SIG_SETMASK, before, 0, 8)
+        self._after.add("close", lifeline)
 
     def drop(self) -> int:
         """Start the anchor and let go of the lifeline; the anchor's process id, or -1."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        self._deaf.perform()
         try:
             return sys_.clone_reader(self._top, self._stream)
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(self.lifeline)
+            self._after.perform()
 
 
 def lift(anchor: int) -> None:

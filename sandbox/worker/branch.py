@@ -12,7 +12,6 @@ import fcntl
 import os
 import random
 import select
-import shutil
 import signal
 import stat
 import sys
@@ -150,6 +149,8 @@ def _check_size(base: int, cap: int) -> None:
 
 def remove_folder(path: str) -> None:
     """Best effort; links are not followed."""
+    import shutil  # with all its compressors it is no small part of a warm interpreter, and few copies need it
+
     with contextlib.suppress(RecursionError):
         shutil.rmtree(path, ignore_errors=True)
 

@@ -6,12 +6,12 @@ the report only adds the text of an exception, rich results and files.
 
 from __future__ import annotations
 
+import _signal  # what `signal` wraps: its enumerations cost a run 0.1 ms
 import atexit
 import contextlib
 import gc
 import io
 import json
-import linecache
 import os
 import resource
 import signal
@@ -19,7 +19,6 @@ import struct
 import sys
 import threading
 import types
-from dataclasses import dataclass
 from typing import Any
 
 from sandbox.linux.syscalls import kill_process
@@ -39,6 +38,20 @@ def read_job(fd: int) -> tuple[dict[str, Any], str, bytes]:
     return settings, code, channel.read_exactly(fd, settings["stdin_size"])
 
 
+def rehearse_job() -> None:
+    """In the zygote: take a job as a child takes it."""
+    settings = json.dumps(
+        {"stdin_size": 0, "memory_mb": 1, "processes": 1, "file_mb": 1, "cpu_s": 1, "seed": 0}
+    ).encode()
+    near, far = os.pipe()
+    try:
+        os.write(far, JOB_HEADER.pack(len(settings), 4) + settings + b"pass")
+        read_job(near)
+    finally:
+        os.close(near)
+        os.close(far)
+
+
 def rehearse() -> list[types.ModuleType]:
     """In the zygote: do once what every run does, so that children find it done, and hide our modules from them.
 
@@ -51,9 +64,7 @@ def rehearse() -> list[types.ModuleType]:
                 run_source(source, names, stage.CountingFile(null.fileno(), "wb", closefd=False))
         except Exception as error:
             json.loads(json.dumps(describe(error)))
-    linecache.clearcache()
     os.kill = sys.modules["posix"].kill = _kill  # type: ignore[attr-defined]
-    stage.seed_all(0)
     ours = [name for name in sys.modules if name == "sandbox" or name.startswith("sandbox.")]
     return [sys.modules.pop(name) for name in ours]
 
@@ -114,46 +125,34 @@ def _fetch(folder: str, paths: list[str], cap: int, report: dict[str, Any]) -> b
     return b"".join(bodies)
 
 
-@dataclass(frozen=True)
-class Stand:
-    """What a program needs and what can be made before it is there."""
-
-    raw: stage.CountingFile
-    stdout: Any
-    names: dict[str, Any]
-
-
-def prepare() -> Stand:
-    """In the child, before anybody waits for it: streams and a main module, and once through everything that a program
-    will do, so that the memory it touches is this process's own already."""
-    raw = stage.fresh_streams()
-    run_source("pass\nNone", {"__name__": "__main__"}, raw)
-    stage.seed_all(0)
+def prepare(stand: stage.Stand) -> None:
+    """Once through what every program will do. In the child, before anybody waits for it, so that the memory that is
+    written then is this process's own already; in the zygote several times, so that the code is optimised."""
+    run_source("pass\nNone", {"__name__": "__main__"}, stand.raw)
     json.loads(json.dumps({"seed": 0}))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as it is
     stage.lower(resource.RLIMIT_CORE, 0)
     resource.getrusage(resource.RUSAGE_SELF)
     _finish()
-    stage.flush_all(sys.stdout)
-    return Stand(raw, sys.stdout, stage.main_module())
+    stage.flush_all(stand.stdout)
 
 
-def run(stand: Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bool, anchor: int) -> None:
+def run(stand: stage.Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bool, anchor: int) -> None:
     """Waits for the job and does it; never returns. `anchor`: process id, or -1."""
     settings, code, stdin = read_job(job_fd)
+    gc.freeze()  # what there is now is nothing that a collection in this process could free
     gc.enable()
     if settings.get("mode") == "session":
         if anchor > 0:
             lift(anchor)
-        session.serve(job_fd, report_fd, settings, base_bytes, filtered)
+        session.serve(stand, job_fd, report_fd, settings, base_bytes, filtered)
     settings["processes"] += anchor > 0
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored until here
+    _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # ignored until here
     if stdin:
         stage.provide_stdin(stdin)
     report: dict[str, Any] = {}
     unwritten = _receive_files(job_fd, settings.get("files", []))
     os.close(job_fd)
-    if settings["seed"]:  # `prepare` has begun with 0
+    if settings["seed"]:  # the zygote has begun with 0
         stage.seed_all(settings["seed"])
     stage.apply_limits(settings, base_bytes, filtered)
     folder = os.getcwd()  # noqa: PTH109

@@ -29,16 +29,14 @@ _HIGH = 250  # below the limit of descriptors, 256
 class Interpreter:
     """State of one live interpreter."""
 
-    def __init__(self, job: int, report: int, settings: dict[str, Any], filtered: bool) -> None:
+    def __init__(self, stand: stage.Stand, job: int, report: int, settings: dict[str, Any], filtered: bool) -> None:
         self.job, self.report, self.filtered = job, report, filtered
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job)
         self.processes = settings["processes"]
         folder = os.getcwd()  # noqa: PTH109
         self.home = branch.Home(folder, folder)
         self.readable = branch.readable_paths(folder)
-        self.raw = stage.fresh_streams()
-        self.stdout = sys.stdout
-        self.names = stage.main_module()
+        self.raw, self.stdout, self.names = stand.raw, stand.stdout, stand.names
         self.armed = False
         self.asleep = False
         self.may_kill = True
@@ -218,9 +216,9 @@ def _high(fd: int) -> int:
     return high
 
 
-def serve(job: int, report: int, settings: dict[str, Any], base_bytes: int, filtered: bool) -> None:
+def serve(stand: stage.Stand, job: int, report: int, settings: dict[str, Any], base_bytes: int, filtered: bool) -> None:
     """Be a session until the end; never returns."""
-    interpreter = Interpreter(job, report, settings, filtered)
+    interpreter = Interpreter(stand, job, report, settings, filtered)
     stage.seed_all(settings["seed"])
     stage.apply_limits(settings, base_bytes, filtered)
     interpreter.serve()

@@ -10,6 +10,7 @@ import random
 import resource
 import sys
 import types
+from dataclasses import dataclass
 from typing import Any
 
 from sandbox.linux import seccomp
@@ -29,6 +30,34 @@ class CountingFile(io.FileIO):
     def write(self, data: Any, /) -> int:
         self.written += len(data)
         return super().write(data)
+
+
+@dataclass(frozen=True)
+class Stand:
+    """Standard output as code sees it and what counts it, and the names of a fresh `__main__`."""
+
+    raw: CountingFile
+    stdout: Any
+    names: dict[str, Any]
+
+
+def set_up() -> Stand:
+    """In the zygote: everything a program stands on that does not depend on it. Descriptors 1 and 2 are pipes
+    meanwhile, as they will be in a run: a stream asks once what it is on."""
+    saved = os.dup(1), os.dup(2)
+    reader, writer = os.pipe()
+    try:
+        for fd in (1, 2):
+            os.dup2(writer, fd)
+        raw = fresh_streams()
+        names = main_module()
+        seed_all(0)
+        return Stand(raw, sys.stdout, names)
+    finally:
+        for fd, old in zip((1, 2), saved, strict=True):
+            os.dup2(old, fd)
+        for fd in (*saved, reader, writer):
+            os.close(fd)
 
 
 def provide_stdin(data: bytes) -> None:

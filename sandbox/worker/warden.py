@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sandbox import wire
+from sandbox.linux import landlock
 from sandbox.linux import syscalls as sys_
 from sandbox.profiles import PROFILES
 from sandbox.tiers import BY_NAME, Tier
 from sandbox.worker import init, root
-from sandbox.worker.jail import JAIL_ID, Jail, make_ruleset, write_id_maps
+from sandbox.worker.jail import JAIL_ID, Jail, readable_paths, write_id_maps
 from sandbox.worker.memory import address_space, threads
 from sandbox.worker.zygote import Zygote, warm
 
@@ -227,6 +228,7 @@ def main(config: dict[str, Any]) -> int:
     tier = BY_NAME[config["tier"]]
     python_paths = tuple(config["python_paths"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.pop("LD_BIND_NOW", None)  # was for the loader of this process; nothing for what code starts
     try:
         sys_.name_process("sandbox-warden")
         if tier.namespaces:
@@ -235,11 +237,12 @@ def main(config: dict[str, Any]) -> int:
             sys_.prctl(sys_.PR_SET_CHILD_SUBREAPER, 1)
             if tier.own_uid:  # each run makes its own folder here, sees no other and removes none
                 Path(config["work_root"]).chmod(0o1733)
-        ruleset = make_ruleset(tier, python_paths)
+        if tier.landlock:
+            landlock.require()
     except OSError as error:
         print(json.dumps({"step": str(error)}), file=sys.stderr, flush=True)
         return 3
-    jail = Jail(tier, ruleset, config["tmp_mb"], config["work_root"])
+    jail = Jail(tier, readable_paths(tier, python_paths), config["tmp_mb"], config["work_root"])
     if tier.namespaces and (outer := _enter_process_namespace((control, zygote_control))):
         return outer
     pid = os.fork()
@@ -258,10 +261,10 @@ def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoRet
         sys_.name_process("sandbox-zygote")
         sys_.prctl(sys_.PR_SET_PDEATHSIG, signal.SIGKILL)
         sys.path[:] = [*sys.path, *(path for path in config["module_paths"] if path not in sys.path)]
-        warm(PROFILES[config["profile"]])
+        stand = warm(PROFILES[config["profile"]])
         base = address_space()
         wire.send_packet(control, wire.READY, 0, (base, int(Path("/proc/self").readlink().name), threads()))
-        Zygote(control, jail, base, config["lifeline"]).serve()
+        Zygote(control, jail, base, config["lifeline"], stand).serve()
     except BaseException as error:
         print(json.dumps({"step": f"warming up: {type(error).__name__}: {error}"}), file=sys.stderr, flush=True)
     finally:

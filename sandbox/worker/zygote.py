@@ -6,10 +6,9 @@ Commands and answers are fixed-size packets (`sandbox/wire.py`). One thread, one
 from __future__ import annotations
 
 import atexit
-import dataclasses
-import fcntl
 import gc
 import importlib
+import linecache
 import os
 import select
 import socket
@@ -23,13 +22,14 @@ from sandbox.linux import syscalls as sys_
 from sandbox.profiles import Profile
 from sandbox.worker import runner, stage
 from sandbox.worker.anchor import Anchor
-from sandbox.worker.jail import INIT_SEES_CHILD_AS, Jail, confine
+from sandbox.worker.jail import JOB, LIFELINE, REPORT, Confinement, Jail
 from sandbox.worker.memory import collapse_heap, fill_pools
 
 
-def warm(profile: Profile) -> None:
+def warm(profile: Profile) -> stage.Stand:
     """Import and exercise the profile's modules, then freeze the heap so that forks share it.
 
+    Returns what every program will stand on.
     Raises `ImportError` when a module is missing.
     """
     sys.modules.update(dict.fromkeys(profile.without))  # type: ignore[arg-type]  # None: cannot be imported now
@@ -40,38 +40,48 @@ def warm(profile: Profile) -> None:
         del sys.modules[name]
     _hidden.extend(runner.rehearse())
     atexit._clear()  # what the modules registered is nothing that a run's end needs
+    stand = stage.set_up()
+    for _ in range(_REHEARSALS):
+        runner.prepare(stand)
+        runner.rehearse_job()
+    linecache.clearcache()
     gc.collect()
     gc.freeze()
     gc.disable()
     _kept.extend(fill_pools())
     collapse_heap()
+    return stand
 
 
 _kept: list[bytes] = []
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
 _STRANGERS_S = 0.2
-_HIGH = 512  # the lifeline; other descriptors that a child keeps are moved above it before everything below is closed
+_REHEARSALS = 16  # the interpreter optimises what it has run eight times
+
+
+def _set_home(workdir: str) -> None:
+    os.environ.update(HOME=workdir, TMPDIR=workdir, PWD=workdir)
 
 
 class Zygote:
     """Forks children and reports how they ended."""
 
-    def __init__(self, control: socket.socket, jail: Jail, base_bytes: int, lifeline: int) -> None:
+    def __init__(self, control: socket.socket, jail: Jail, base_bytes: int, lifeline: int, stand: stage.Stand) -> None:
         self.control = control
         self.jail = jail
         self.base_bytes = base_bytes
-        self.anchor = None
-        if not jail.tier.deny_fork:
-            os.dup2(lifeline, _HIGH, inheritable=False)
-            self.anchor = Anchor(_HIGH)
+        self.stand = stand
+        os.dup2(lifeline, LIFELINE, inheritable=False)
         os.close(lifeline)
+        self.anchor = None if jail.tier.deny_fork else Anchor(LIFELINE)
+        self.confinement = Confinement(jail)
         self.children: dict[int, tuple[int, int]] = {}  # pidfd -> (id, pid)
         self.poller = select.poll()
         self.poller.register(control, select.POLLIN)
         if jail.tier.seccomp:
-            # Cached; children of `ns` all use this one.
-            seccomp.prepare(seccomp.build(INIT_SEES_CHILD_AS, jail.tier.deny_fork))
             seccomp.prepare(stage.CPU_LIMIT_LOCK)
+        if jail.tier.namespaces:
+            _set_home(jail.workdir(0))
         self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if jail.tier.namespaces else -1
 
     def serve(self) -> None:
@@ -110,58 +120,37 @@ class Zygote:
         return True
 
     def _fork(self, ident: int, numbers: tuple[int, ...], fds: list[int]) -> int:
-        uid, seen_pid, joins = numbers[:3]
-        group = fds[-1] if joins else -1
+        uid, joins = numbers[:2]
+        self.confinement.aim(ident, uid, fds, fds[-1] if joins else -1)
         if not self.jail.tier.namespaces:
             pid = sys_.fork()
             if pid == 0:
-                self._child(ident, uid, seen_pid, fds, group)
+                self._child(ident)
             return pid
         sys_.setns(fds[4], sys_.CLONE_NEWPID)
         try:
             pid = sys_.fork()
             if pid == 0:
-                self._child(ident, uid, seen_pid, fds, group)
+                self._child(ident)
         finally:
             sys_.setns(self.own_pids, sys_.CLONE_NEWPID)
         return pid
 
-    def _child(self, ident: int, uid: int, seen_pid: int, fds: list[int], group: int) -> None:
+    def _child(self, ident: int) -> None:
         """In the child: confine, say so, wait for a job, run it. Never returns."""
         try:
-            if group >= 0:
-                os.write(group, b"0")
-            job = fcntl.fcntl(fds[0], fcntl.F_DUPFD_CLOEXEC, _HIGH + 1)
-            report = fcntl.fcntl(fds[3], fcntl.F_DUPFD_CLOEXEC, job + 1)
-            ruleset = -1
-            if self.jail.ruleset >= 0:
-                ruleset = fcntl.fcntl(self.jail.ruleset, fcntl.F_DUPFD_CLOEXEC, report + 1)
-            os.dup2(fds[1], 1)
-            os.dup2(fds[2], 2)
-            null = os.open("/dev/null", os.O_RDONLY)
-            os.dup2(null, 0)
-            os.closerange(3, _HIGH)
-            os.closerange(max(report, ruleset) + 1, _HIGH + 4096)
-            os.setsid()
-            try:
-                confine(dataclasses.replace(self.jail, ruleset=ruleset), ident, uid, seen_pid)
-            except OSError as error:
-                os.write(report, f"F{error}".encode())
-                os._exit(125)
-            if ruleset >= 0:
-                os.close(ruleset)
-            workdir = self.jail.workdir(ident)
-            os.environ.update(HOME=workdir, TMPDIR=workdir, PWD=workdir)
-            stand = runner.prepare()
+            self.confinement.apply()
+            if not self.jail.tier.namespaces:
+                _set_home(self.jail.workdir(ident))
+            runner.prepare(self.stand)
             anchor = self.anchor.drop() if self.anchor else -1
-            os.write(report, runner.READY_BYTE)
-            runner.run(stand, job, report, self.base_bytes, self.jail.tier.seccomp, anchor)
-        except BaseException as error:
+            os.write(REPORT, runner.READY_BYTE)
+            runner.run(self.stand, JOB, REPORT, self.base_bytes, self.jail.tier.seccomp, anchor)
+        except OSError as error:
             # Before the job arrived this is our failure; the supervisor reads it where it expects readiness.
-            try:
-                os.write(report, f"F{type(error).__name__}: {error}".encode())
-            finally:
-                os._exit(125)
+            os.write(REPORT, f"F{error}".encode())
+        except BaseException as error:
+            os.write(REPORT, f"F{type(error).__name__}: {error}".encode())
         finally:
             os._exit(125)
 

@@ -50,6 +50,23 @@ async def close_all(sessions: list[Session]) -> None:
     await asyncio.gather(*(session.close() for session in sessions))
 
 
+LOOK = """
+for attack in (lambda: open(folder + '/mine').read(), lambda: open(folder + '/mine', 'r+').write('x')):
+    try: attack(); print('WORKED')
+    except OSError as error: print(type(error).__name__)
+"""
+
+
+async def look_back(box: LocalSandbox) -> str:
+    """What runs that began later see of a live session's work folder."""
+    session = await box.session()
+    made = await session.exec("import os; open('mine', 'w').write('secret'); print(os.getcwd())")
+    told = [await box.exec(f"folder = {made.stdout.strip()!r}\n{LOOK}") for _ in range(6)]
+    kept = await session.exec("print(open('mine').read())")
+    await session.close()
+    return " ".join(sorted({word for result in told for word in result.stdout.split()})) + " " + kept.stdout.strip()
+
+
 async def explore() -> dict[str, Any]:
     """What the tests look at."""
     seen: dict[str, Any] = {}
@@ -57,6 +74,7 @@ async def explore() -> dict[str, Any]:
         seen["tier"], seen["capabilities"] = box.tier, (await box.capabilities())["fork"]
         session = await box.session()
         await session.exec("x = 1\nimport random")
+        seen["later"] = await look_back(box)
         for name, code, limits in (
             ("state", "print(x)", None),
             ("timeout", "while True: pass", Limits(wall_s=0.3)),

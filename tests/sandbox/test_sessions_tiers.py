@@ -39,6 +39,13 @@ def test_nothing_is_left(seen: dict[str, Any]) -> None:
     assert (seen["leaked"], seen["restarts"], seen["open"]) == (0, 0, 0) and seen["folders"]
 
 
+def test_a_later_run_sees_nothing_of_a_live_session(seen: dict[str, Any]) -> None:
+    """In `self` too, where both are the same user: a ruleset that all children share would let each into the folders of
+    all before it, and grow for ever."""
+    refused = "FileNotFoundError" if seen["tier"] == "ns" else "PermissionError"
+    assert seen["later"] == f"{refused} secret"
+
+
 def test_forks_work_or_are_refused_by_name(seen: dict[str, Any]) -> None:
     assert seen["capabilities"] == (seen["tier"] != "self")
     if seen["tier"] == "self":
