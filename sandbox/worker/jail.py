@@ -20,7 +20,7 @@ from sandbox.worker import root
 JAIL_ID = 1000
 """User and group id inside tier `ns`."""
 INIT_SEES_CHILD_AS = 2
-"""In its own process namespace the init is 1 and the child is the next."""
+"""In its own process namespace the init is 1 and the child is the next: nearly always."""
 
 LIFELINE, JOB, REPORT = 512, 513, 514
 """Numbers of the descriptors that a confined child keeps besides 0, 1 and 2: its anchor's stream, where the job comes
@@ -102,8 +102,9 @@ class Confinement:
         """In the child: take the tier's walls and move to its work folder. Raises `OSError`."""
         self._now.perform()
         if self._tier.seccomp:
-            if not self._tier.namespaces:
-                self._filter.aim(os.getpid())
+            # Also in `ns`: the kernel may still hold the number of a process that has just gone.
+            if (pid := os.getpid()) != INIT_SEES_CHILD_AS:
+                self._filter.aim(pid)
             self._filter.install()
 
     def _calls(self, joins: bool) -> Calls:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -65,26 +66,37 @@ HOLES = {
 }
 
 
-@pytest.mark.parametrize("hole", HOLES)
-def test_a_missing_protection_turns_it_red(hole: str, tmp_path: Path) -> None:
-    """The prober does not look for these, so the sandbox starts; the battery must see them."""
-    *changes, only = HOLES[hole]
-    shutil.copytree(ROOT / "sandbox", tmp_path / "sandbox", ignore=shutil.ignore_patterns("__pycache__"))
-    for change in changes:
-        assert isinstance(change, tuple)
-        name, old, new = change
-        file = tmp_path / "sandbox" / name
+def verdicts(changes: list[tuple[str, str, str]], only: str, tier: str, folder: Path) -> list[str]:
+    """Of one attack on a copy of the package with `changes` (file, old text, new text)."""
+    shutil.copytree(ROOT / "sandbox", folder / "sandbox", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, old, new in changes:
+        file = folder / "sandbox" / name
         text = file.read_text()
         assert old in text, old
         file.write_text(text.replace(old, new))
     program = f"""
 import asyncio, json, sys
-sys.path.insert(0, {str(tmp_path)!r})
+sys.path.insert(0, {str(folder)!r})
 from sandbox.battery import run_battery, select
 async def main():
-    print(json.dumps([row.verdict async for _, row in run_battery(select({only!r}), "self")]))
+    print(json.dumps([row.verdict async for _, row in run_battery(select({only!r}), {tier!r})]))
 asyncio.run(main())
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "breach" in json.loads(done.stdout)
+    return list(json.loads(done.stdout))
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_a_missing_protection_turns_it_red(hole: str, tmp_path: Path) -> None:
+    """The prober does not look for these, so the sandbox starts; the battery must see them."""
+    change, only = HOLES[hole]
+    assert "breach" in verdicts([change], only, "self", tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="tier ns is certain for root only")
+@pytest.mark.parametrize("attack", ["kill oneself", "high bits"])
+def test_a_child_that_is_not_number_two_cannot_kill_itself_either(attack: str, tmp_path: Path) -> None:
+    """The kernel gives number 3 or 4 when it has not yet let go of those of the run before; here it is never right."""
+    change = ("worker/jail.py", "INIT_SEES_CHILD_AS = 2\n", "INIT_SEES_CHILD_AS = 7\n")
+    assert set(verdicts([change], attack, "ns", tmp_path)) == {"held"}
