@@ -38,20 +38,6 @@ def read_job(fd: int) -> tuple[dict[str, Any], str, bytes]:
     return settings, code, channel.read_exactly(fd, settings["stdin_size"])
 
 
-def rehearse_job() -> None:
-    """In the zygote: take a job as a child takes it."""
-    settings = json.dumps(
-        {"stdin_size": 0, "memory_mb": 1, "processes": 1, "file_mb": 1, "cpu_s": 1, "seed": 0}
-    ).encode()
-    near, far = os.pipe()
-    try:
-        os.write(far, JOB_HEADER.pack(len(settings), 4) + settings + b"pass")
-        read_job(near)
-    finally:
-        os.close(near)
-        os.close(far)
-
-
 def rehearse() -> list[types.ModuleType]:
     """In the zygote: do once what every run does, so that children find it done, and hide our modules from them.
 
@@ -125,13 +111,25 @@ def _fetch(folder: str, paths: list[str], cap: int, report: dict[str, Any]) -> b
     return b"".join(bodies)
 
 
+_HUGE = 1 << 40
+_SETTINGS = {"stdin_size": 0, "memory_mb": _HUGE >> 20, "processes": 1 << 30, "file_mb": _HUGE >> 20, "cpu_s": 1 << 30}
+_JOB = json.dumps(_SETTINGS).encode()
+_SOURCE = b"print(end='')\nNone"
+
+
 def prepare(stand: stage.Stand) -> None:
     """Once through what every program will do. In the child, before anybody waits for it, so that the memory that is
     written then is this process's own already; in the zygote several times, so that the code is optimised."""
-    run_source("pass\nNone", {"__name__": "__main__"}, stand.raw)
-    json.loads(json.dumps({"seed": 0}))
-    stage.lower(resource.RLIMIT_CORE, 0)
-    resource.getrusage(resource.RUSAGE_SELF)
+    near, far = os.pipe()
+    os.write(far, JOB_HEADER.pack(len(_JOB), len(_SOURCE)) + _JOB + _SOURCE)
+    settings, code, _ = read_job(near)
+    os.close(near)
+    os.close(far)
+    gc.freeze()
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # as it is
+    stage.apply_limits(settings, 0, filtered=False)  # more than anybody asks for
+    run_source(code, {"__name__": "__main__"}, stand.raw)
+    stand.raw.write(b"")
     _finish()
     stage.flush_all(stand.stdout)
 

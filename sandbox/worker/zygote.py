@@ -43,7 +43,6 @@ def warm(profile: Profile) -> stage.Stand:
     stand = stage.set_up()
     for _ in range(_REHEARSALS):
         runner.prepare(stand)
-        runner.rehearse_job()
     linecache.clearcache()
     gc.collect()
     gc.freeze()
