@@ -13,7 +13,6 @@ import gc
 import io
 import json
 import os
-import resource
 import signal
 import struct
 import sys
