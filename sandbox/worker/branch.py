@@ -81,12 +81,19 @@ class Unsafe(Exception):
     """The interpreter cannot be copied; the message says why."""
 
 
-def _open_descriptors(ours: Iterable[int]) -> list[int]:
-    """Descriptors above 2 that are open and not ours. One `poll` asks for all of them."""
+def _all_descriptors() -> select.poll:
     poller = select.poll()
     for fd in range(3, 256):
         poller.register(fd, 0)
-    closed = {fd for fd, event in poller.poll(0) if event & select.POLLNVAL}
+    return poller
+
+
+_ALL = _all_descriptors()
+
+
+def _open_descriptors(ours: Iterable[int]) -> list[int]:
+    """Descriptors above 2 that are open and not ours. One `poll` asks for all of them."""
+    closed = {fd for fd, event in _ALL.poll(0) if event & select.POLLNVAL}
     return [fd for fd in range(3, 256) if fd not in closed and fd not in ours]
 
 
@@ -113,12 +120,16 @@ def check(ours: Iterable[int]) -> list[tuple[int, int, int]]:
 
 def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
     """Copy the files of `old` into the new folder `new`; (device, inode) -> path. Raises `Unsafe`, `OSError`."""
-    with contextlib.suppress(FileExistsError):
+    try:
+        os.mkdir(new, 0o700)  # noqa: PTH102
+    except FileNotFoundError:  # the first copy
         os.mkdir(os.path.dirname(new), 0o700)  # noqa: PTH102, PTH120
-    os.mkdir(new, 0o700)  # noqa: PTH102
+        os.mkdir(new, 0o700)  # noqa: PTH102
     paths: dict[tuple[int, int], str] = {}
     base = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
+        if not set(os.listdir(base)) - {BRANCHES}:
+            return paths  # as most folders are
         _check_size(base, cap)
         for folder, name, path, found in walk(base):
             target = f"{new}/{path}"
