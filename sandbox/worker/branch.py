@@ -128,7 +128,7 @@ def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
     paths: dict[tuple[int, int], str] = {}
     base = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        if not set(os.listdir(base)) - {BRANCHES}:
+        if not set(os.listdir(base)) - {BRANCHES}:  # noqa: PTH208
             return paths  # as most folders are
         _check_size(base, cap)
         for folder, name, path, found in walk(base):
