@@ -105,4 +105,4 @@ class FrameProtocol(asyncio.BufferedProtocol):
             self.transport.write(pack_frame(message))
 
 
-__all__ = ["FrameProtocol", "SandboxProtocolError"]
+__all__ = ["FrameProtocol", "SandboxProtocolError", "pack_frame"]

@@ -40,13 +40,13 @@ def warm(profile: Profile) -> stage.Stand:
         del sys.modules[name]
     _hidden.extend(runner.rehearse())
     atexit._clear()  # what the modules registered is nothing that a run's end needs
+    gc.collect()
+    gc.disable()
     stand = stage.set_up()
     for _ in range(_REHEARSALS):
         runner.prepare(stand)
     linecache.clearcache()
-    gc.collect()
     gc.freeze()
-    gc.disable()
     _kept.extend(fill_pools())
     collapse_heap()
     return stand
