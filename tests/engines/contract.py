@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
 
-from retool.engines.base import ContextOverflow, DeadlineExceeded, EngineError, Sampling
+from retool.engines.base import Completion, ContextOverflow, DeadlineExceeded, EngineError, Sampling
 from retool.transcript import digest_tokens
 from tests.engines.speakers import PROMPT, REST, RESULT, STOP, TURN, encode
 
@@ -175,6 +176,14 @@ class EngineContract:
 async def _settled(engine: Any) -> None:
     """A cancelled turn is undone at the next tick; wait for it the way a caller would: by using the engine."""
     await engine.sync(None, version=engine.version)
+
+
+def assert_went_through(turns: Iterable[Completion], last: int) -> None:
+    """Each turn ended under version `last` of the weights, and some were sampled under every version from 0 on: an
+    update may fall between two tokens of a turn that the server lets wait for its neighbours."""
+    seen = [[version for _, version in turn.versions] for turn in turns]
+    assert all(row == sorted(row) and row[-1] == last for row in seen), seen
+    assert list(range(last + 1)) in seen, seen
 
 
 async def ticks(engine: Any, n: int) -> None:
