@@ -37,8 +37,8 @@ PR_SET_NO_NEW_PRIVS = 38
 PR_CAP_AMBIENT = 47
 
 _NUMBERS = {
-    "x86_64": {"capset": 126, "pivot_root": 155, "mount_setattr": 442, "tgkill": 234},
-    "aarch64": {"capset": 91, "pivot_root": 41, "mount_setattr": 442, "tgkill": 131},
+    "x86_64": {"pivot_root": 155, "mount_setattr": 442, "tgkill": 234},
+    "aarch64": {"pivot_root": 41, "mount_setattr": 442, "tgkill": 131},
 }
 SUPPORTED = MACHINE in _NUMBERS
 """Whether this processor's call numbers are known (x86_64 and aarch64)."""

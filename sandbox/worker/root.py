@@ -86,16 +86,3 @@ def build(python_paths: tuple[str, ...]) -> None:
     sys_.umount_detach(".")
     os.chdir("/")
     sys_.mount("none", "/", "", 32 | sys_.MS_BIND | sys_.MS_RDONLY | sys_.MS_NOSUID | sys_.MS_NODEV)
-
-
-def private_mounts(tmp_mb: int) -> None:
-    """In a child, in its own mount namespace: a fresh work folder of `tmp_mb` MiB and the /proc of its own processes.
-
-    Where a container has masked parts of /proc the kernel refuses a new one; /proc is then empty.
-    """
-    flags = sys_.MS_NOSUID | sys_.MS_NODEV
-    sys_.mount("tmpfs", WORKDIR, "tmpfs", flags, f"size={tmp_mb}m,nr_inodes=4096,mode=700")
-    try:
-        sys_.mount("proc", "/proc", "proc", flags | sys_.MS_NOEXEC)
-    except PermissionError:
-        sys_.mount("tmpfs", "/proc", "tmpfs", flags | sys_.MS_RDONLY, "size=4k,mode=555")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from sandbox.linux import calls
 from sandbox.linux import syscalls as sys_
 from sandbox.linux.seccomp import _ALLOW, _JEQ, _JSET, _LD, _NEW_NAMESPACES, _RET, _arg, _instruction, install
 
@@ -68,7 +69,7 @@ def keep_capabilities(kept: tuple[int, ...]) -> None:
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)
     low, high = mask & 0xFFFFFFFF, mask >> 32
     data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
-    sys_.syscall("capset", sys_._NUMBERS[platform.machine()]["capset"], header, data)
+    sys_.syscall("capset", calls.number("capset"), header, data)
 
 
 def become(kind: str) -> None:
