@@ -28,7 +28,6 @@ class Anchor:
     """Made in the zygote; `drop` is called in each child. `lifeline` is the descriptor, the same number in both."""
 
     def __init__(self, lifeline: int) -> None:
-        self.lifeline = lifeline
         # Private: by default it would be one piece of memory for all children, and one run could write on the stacks
         # of the others' anchors.
         self._memory = mmap.mmap(-1, _STACK + _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
