@@ -123,7 +123,8 @@ def copy_folder(old: str, new: str, cap: int) -> dict[tuple[int, int], str]:
     try:
         os.mkdir(new, 0o700)  # noqa: PTH102
     except FileNotFoundError:  # the first copy
-        os.mkdir(os.path.dirname(new), 0o700)  # noqa: PTH102, PTH120
+        with contextlib.suppress(FileExistsError):  # another member of the tree was quicker
+            os.mkdir(os.path.dirname(new), 0o700)  # noqa: PTH102, PTH120
         os.mkdir(new, 0o700)  # noqa: PTH102
     paths: dict[tuple[int, int], str] = {}
     base = os.open(old, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
