@@ -1,7 +1,10 @@
 """Copying a live interpreter, as the supervisor does it: new descriptors, a command, and a proof of who the copy is.
 
-A runner's word about a process id is worth nothing. The copy says hello on its own new socket and the kernel adds who
-sent it (SCM_CREDENTIALS); a pidfd is opened, and only then it is checked that the process is of this tree.
+A runner's word about a process id is worth nothing. The copy says that it is born on its own new socket and the kernel
+adds who sent it (SCM_CREDENTIALS); a pidfd is opened, and only then it is checked that the process is of this tree.
+
+Both ends work at the same time where they can: the original gets ready while descriptors are made here, and the copy
+moves into its folder and walls while its identity is checked.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import socket
 import struct
 from typing import Any
 
-from sandbox.supervisor.sessions_interpreter import Interpreter
+from sandbox.supervisor.sessions_interpreter import Interpreter, Place
 from sandbox.supervisor.sessions_tree import Tree, threads
 from sandbox.supervisor.unit import Child, next_ident
 from sandbox.types import SandboxInfraError, SessionError
@@ -24,7 +27,7 @@ FORK_S = 10.0
 MAX_DEPTH = 14
 """Copies of copies: each adds a Landlock layer, of which the kernel allows 16."""
 _CREDENTIALS = struct.Struct("3i")
-_HELLO_BYTES = 2048
+_WORD_BYTES = 2048
 
 
 async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -> Interpreter:
@@ -38,15 +41,6 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
         raise SessionError("the session's process has ended", "session_ended") from None
     if count != 1:
         raise SessionError(f"the interpreter has {count} threads; only one can be copied", "fork_unsafe")
-    pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    near.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-    near.setblocking(False)
-    (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
-    for fd in (out_r, err_r, rep_r):
-        os.set_blocking(fd, False)
-    child = Child(next_ident(), near.detach(), out_r, err_r, rep_r)
-    theirs = [far.detach(), out_w, err_w, rep_w]
     place = tree.next_place(source.place, layer)
     fields = {
         "folder": place.folder,
@@ -56,49 +50,144 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
         "processes": tree.processes + 1,
     }
     try:
-        async with asyncio.timeout(FORK_S):
-            await _command(source, fields, theirs)
-            _close(theirs)  # a copy that dies without a word is then an end of file
-            pid = await _hello(child.job)
-        child.process = _identify(tree, pid)
+        with _Birth() as birth:
+            async with asyncio.timeout(FORK_S):
+                await _command(source, fields, birth)
+                pid = await birth.born()
+                birth.child.process = _identify(tree, pid)
+                tree.unit.adopt(birth.child)
+                member = birth.hand_over(pid, place)
+                try:
+                    tree.add(member)
+                    await birth.settled()
+                except BaseException:
+                    birth.stop_listening()
+                    await asyncio.shield(tree.release(member))
+                    raise
     except TimeoutError:
-        child.close()
         raise SessionError(f"the session did not copy itself within {FORK_S:g} s", "session_ended") from None
-    except BaseException:
-        child.close()
-        raise
-    finally:
-        _close(theirs)
-    tree.unit.adopt(child)
-    member = Interpreter(child, pid)
-    member.place = place
-    try:
-        tree.add(member)
     except OSError as error:
-        await tree.release(member)
         raise SandboxInfraError(f"no room for a copy: {error}", "spawn_failed") from None
     return member
 
 
-def _close(fds: list[int]) -> None:
-    while fds:
-        os.close(fds.pop())
+class _Birth:
+    """A copy's descriptors and what it says first. Closes what nobody has taken over."""
+
+    def __init__(self) -> None:
+        self.child = Child(next_ident(), -1, -1, -1, -1)
+        self._theirs: list[int] = []
+        self._handed_over = False
+        self._heard = b""
+        self._more = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def __enter__(self) -> _Birth:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.forget_theirs()
+        self.stop_listening()
+        if not self._handed_over:
+            self.child.close()
+
+    def open(self) -> list[int]:
+        """Make all descriptors; returns the copy's: job, stdout, stderr, report. Raises `OSError`."""
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        near.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        near.setblocking(False)
+        self.child.job, self._theirs = near.detach(), [far.detach()]
+        for name in ("stdout", "stderr", "report"):
+            ours, theirs = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(ours, False)
+            setattr(self.child, name, ours)
+            self._theirs.append(theirs)
+        self._loop.add_reader(self.child.job, self._more.set)
+        return self._theirs
+
+    def stop_listening(self) -> None:
+        """Before the job socket is closed: its number will mean another one."""
+        if self.child.job >= 0:
+            self._loop.remove_reader(self.child.job)
+
+    def forget_theirs(self) -> None:
+        """Close the copy's ends: one that dies without a word is then an end of file."""
+        while self._theirs:
+            os.close(self._theirs.pop())
+
+    def hand_over(self, pid: int, place: Place) -> Interpreter:
+        """From now on a tree ends the copy."""
+        member = Interpreter(self.child, pid)
+        member.place = place
+        self._handed_over = True
+        return member
+
+    async def born(self) -> int:
+        """The process id of whoever holds the other end, from the kernel. Raises what the copy says went wrong."""
+        for level, kind, payload in await self._hear(channel.BORN):
+            if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
+                pid, _, _ = _CREDENTIALS.unpack(payload)
+                return int(pid)
+        raise SandboxInfraError("the kernel did not say who the copy is", "spawn_failed")
+
+    async def settled(self) -> None:
+        """Until the copy lives in its own folder and walls. Raises what the copy says went wrong."""
+        await self._hear(channel.SETTLED)
+        self.stop_listening()
+
+    async def _hear(self, word: bytes) -> list[tuple[int, int, bytes]]:
+        """The next word, which must be this one; returns what the kernel added. Raises `SessionError`."""
+        ancillary: list[tuple[int, int, bytes]] = []
+        while not self._heard:
+            await self._more.wait()
+            self._more.clear()
+            try:
+                self._heard, ancillary = _receive(self.child.job)
+            except BlockingIOError:  # told twice of what was read once
+                continue
+            if not self._heard:
+                break  # the end of the stream
+        said, self._heard = self._heard[:1], self._heard[1:]
+        if said == word:
+            return ancillary
+        reason = self._heard.decode(errors="replace")
+        if said == channel.UNSAFE:
+            raise SessionError(reason, "fork_unsafe")
+        raise SessionError(f"the copy could not settle: {reason or 'it died at once'}", "fork_unsafe")
 
 
-async def _command(source: Interpreter, fields: dict[str, Any], fds: list[int]) -> None:
-    """Raises what the original says against it."""
-    asking = asyncio.ensure_future(source.ask(channel.FORK, fields))
-    await asyncio.sleep(0)  # the command first, then what goes with it
+def _receive(job: int) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    """What has come, and what the kernel added; nothing at the end of the stream. Raises `BlockingIOError`."""
+    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job)
     try:
-        source.send_descriptors(fds)
-        answer, _ = await asking
-    except OSError:
-        asking.cancel()
-        raise SessionError("the session's process has ended", "session_ended") from None
-    except BaseException:
-        asking.cancel()
+        data, ancillary, _, _ = end.recvmsg(_WORD_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
+    except BlockingIOError:
         raise
-    raise_error(answer)
+    except OSError:
+        return b"", []
+    finally:
+        end.detach()
+    return data, ancillary
+
+
+async def _command(source: Interpreter, fields: dict[str, Any], birth: _Birth) -> None:
+    """Raises what the original says against it."""
+    answer = source.ask(channel.FORK, fields)
+    try:
+        try:
+            descriptors = birth.open()
+        except OSError:
+            source.send_descriptors([])  # it must not wait for them
+            raise
+        try:
+            source.send_descriptors(descriptors)
+        except OSError:
+            raise SessionError("the session's process has ended", "session_ended") from None
+        said, _ = await answer
+    finally:
+        answer.cancel()
+    birth.forget_theirs()
+    raise_error(said)
 
 
 def raise_error(answer: dict[str, Any]) -> None:
@@ -116,34 +205,6 @@ def raise_error(answer: dict[str, Any]) -> None:
     if code in ("fork_unsafe", "no_file", "bad_path", "too_large"):
         raise SessionError(message, code)
     raise SessionError(message, "bad_path")
-
-
-async def _hello(job: int) -> int:
-    """The process id of whoever holds the other end, from the kernel. Raises what the copy says went wrong."""
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    loop.add_reader(job, ready.set)
-    try:
-        await ready.wait()
-    finally:
-        loop.remove_reader(job)
-    end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job)
-    try:
-        data, ancillary, _, _ = end.recvmsg(_HELLO_BYTES, socket.CMSG_SPACE(_CREDENTIALS.size))
-    except OSError:
-        data, ancillary = b"", []
-    finally:
-        end.detach()
-    if data[:1] == b"U":
-        raise SessionError(data[1:].decode(errors="replace"), "fork_unsafe")
-    if data[:1] != b"R":
-        reason = data[1:].decode(errors="replace") or "the copy died at once"
-        raise SessionError(f"the copy could not settle: {reason}", "fork_unsafe")
-    for level, kind, payload in ancillary:
-        if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
-            pid, _, _ = _CREDENTIALS.unpack(payload)
-            return int(pid)
-    raise SandboxInfraError("the kernel did not say who the copy is", "spawn_failed")
 
 
 def _identify(tree: Tree, pid: int) -> int:

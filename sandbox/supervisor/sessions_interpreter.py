@@ -173,10 +173,10 @@ class Interpreter:
         finally:
             job.detach()
 
-    async def ask(
+    def ask(
         self, kind: bytes, fields: dict[str, Any] | None = None, data: bytes = b"", cap: int = ANSWER_BYTES
-    ) -> tuple[dict[str, Any], bytes]:
-        """`send`, and wait for the answer. The caller limits the time. Raises `SessionError(session_ended)`."""
+    ) -> asyncio.Future[tuple[dict[str, Any], bytes]]:
+        """`send`; the answer is to come. The caller limits the time. Raises `SessionError(session_ended)`."""
         future: asyncio.Future[tuple[dict[str, Any], bytes]] = self._loop.create_future()
 
         def ended(_: object) -> None:
@@ -187,12 +187,15 @@ class Interpreter:
             if not future.done():
                 future.set_result((answer, body))
 
-        self.child.exited.add_done_callback(ended)
-        self.send(kind, fields, data, answered, cap)
-        try:
-            return await future
-        finally:
+        def done(asked: asyncio.Future[tuple[dict[str, Any], bytes]]) -> None:
             self.child.exited.remove_done_callback(ended)
+            if not asked.cancelled():
+                asked.exception()  # who asked may have failed meanwhile, and not look
+
+        self.child.exited.add_done_callback(ended)
+        future.add_done_callback(done)
+        self.send(kind, fields, data, answered, cap)
+        return future
 
     def _nonsense(self) -> None:
         if self.on_nonsense is not None:

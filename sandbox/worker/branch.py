@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import os
 import random
 import select
@@ -47,6 +48,25 @@ def _tid_address() -> int:
 _TID_ADDRESS = _tid_address()
 
 
+def watch_handlers() -> None:
+    """In the zygote, once warm: notice whether user code asks for something to be done around a fork.
+
+    What Python and the libraries of a profile do there is for processes with threads and for random numbers; a copy has
+    one thread and is seeded anyway, and it would cost a fifth of the copy.
+    """
+
+    def noticing(*args: Any, **kwargs: Any) -> None:
+        register(*args, **kwargs)
+        _HANDLERS.append(True)
+
+    register = os.register_at_fork
+    for module in (os, sys.modules["posix"]):
+        module.register_at_fork = functools.update_wrapper(noticing, register)  # type: ignore[attr-defined]
+
+
+_HANDLERS: list[bool] = []
+
+
 def clone_sibling() -> int:
     """`os.fork` with our parent as the copy's parent. Returns 0 in the copy. Raises `OSError`."""
     flags = _CLONE_PARENT | signal.SIGCHLD
@@ -57,13 +77,17 @@ def clone_sibling() -> int:
     number = ctypes.c_long(SPECIAL[sys_.MACHINE]["clone"])
     arguments = (number, ctypes.c_long(flags), none, none, *last)
     call, error = _HELD.syscall, ctypes.get_errno
-    ctypes.pythonapi.PyOS_BeforeFork()
+    handlers = bool(_HANDLERS)
+    if handlers:
+        ctypes.pythonapi.PyOS_BeforeFork()
     pid = call(*arguments)
     if pid == 0:
-        ctypes.pythonapi.PyOS_AfterFork_Child()
+        if handlers:
+            ctypes.pythonapi.PyOS_AfterFork_Child()
         return 0
     code = error()
-    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if handlers:
+        ctypes.pythonapi.PyOS_AfterFork_Parent()
     if pid < 0:
         raise OSError(code, f"clone: {os.strerror(code)}")
     return int(pid)
@@ -207,42 +231,74 @@ def readable_paths(workdir: str) -> list[str]:
     return sorted(p for p in found if not any(p.startswith(other + "/") for other in found))
 
 
-def settle(home: Home, fields: dict[str, Any], files: list[tuple[int, int, int]], readable: list[str]) -> Home:
-    """In the copy: take a folder, walls and random numbers of its own. Returns where it lives now.
+@dataclass
+class Plan:
+    """Where a copy will live, made ready for it by the original, which has done all this before: a fresh copy pays for
+    every page that it is the first to touch."""
 
-    `fields`: folder (its name), dead (folders that nobody needs any more), layer (whether to add a Landlock layer),
-    seed (None: keep the state). Raises `Unsafe`, `OSError`.
+    old: Home
+    new: Home
+    files: list[tuple[int, int, int]]
+    paths: dict[tuple[int, int], str]
+    ruleset: int
+    seed: int | None
+
+    def drop(self) -> None:
+        """Close what the original does not need once it has been copied."""
+        if self.ruleset >= 0:
+            os.close(self.ruleset)
+            self.ruleset = -1
+
+
+def plan(home: Home, fields: dict[str, Any], ours: Iterable[int], readable: list[str]) -> Plan:
+    """In the original: check that it can be copied, copy its folder, and open what the copy's walls are made of.
+
+    `fields`: folder (its name), layer (whether to add a Landlock layer), seed (None: keep the state).
+    Raises `Unsafe`, `OSError`; nothing is left behind then.
     """
-    for name in fields["dead"]:
-        remove_folder(f"{home.domain}/{BRANCHES}/{name}")
+    files = check(ours)
     folder = f"{home.domain}/{BRANCHES}/{fields['folder']}"
+    ruleset = -1
     try:
         paths = copy_folder(home.folder, folder, COPY_BYTES)
+        if fields["layer"] and landlock.abi():
+            ruleset = landlock.build(readable, [folder], root.DEVICES)
     except BaseException:
         remove_folder(folder)
         raise
-    _reopen(files, paths)
+    new = Home(folder, folder if fields["layer"] else home.domain)
+    return Plan(home, new, files, paths, ruleset, fields["seed"])
+
+
+def settle(plan: Plan) -> Home:
+    """In the copy: take the folder, walls and random numbers of its own. Returns where it lives now.
+
+    Raises `Unsafe`, `OSError`.
+    """
+    old, folder = plan.old.folder, plan.new.folder
+    _reopen(plan.files, plan.paths)
     inside = os.getcwd()  # noqa: PTH109
-    if inside.startswith(home.folder):
+    if inside.startswith(old):
         with contextlib.suppress(OSError):
-            os.chdir(folder + inside[len(home.folder) :])
+            os.chdir(folder + inside[len(old) :])
     if not os.getcwd().startswith(folder):  # noqa: PTH109
         os.chdir(folder)
-    os.environ.update(HOME=folder, TMPDIR=folder, PWD=folder)
+    stage.set_home(folder)
     tempfile = sys.modules.get("tempfile")
     if tempfile is not None:
         tempfile.__dict__["tempdir"] = None  # found anew, from TMPDIR
-    if fields["layer"]:
-        if landlock.abi():
-            ruleset = landlock.build(readable, [folder], root.DEVICES)
-            landlock.restrict_self(ruleset)
-            os.close(ruleset)
-        home = Home(folder, folder)
-    else:
-        home = Home(folder, home.domain)
-    if fields["seed"] is not None:
-        stage.seed_all(fields["seed"])
-    return home
+    if plan.ruleset >= 0:
+        landlock.restrict_self(plan.ruleset)
+        plan.drop()
+    if plan.seed is not None:
+        stage.seed_all(plan.seed)
+    return plan.new
+
+
+def remove_dead(home: Home, names: Iterable[str]) -> None:
+    """Folders of copies that nobody needs any more."""
+    for name in names:
+        remove_folder(f"{home.domain}/{BRANCHES}/{name}")
 
 
 def sleep() -> None:
@@ -270,4 +326,4 @@ def set_random_states(states: tuple[Any, Any]) -> None:
         sys.modules["numpy"].random.set_state(states[1])
 
 
-__all__ = ["FileError", "Home", "Unsafe", "check", "clone_sibling", "settle"]
+__all__ = ["FileError", "Home", "Plan", "Unsafe", "check", "clone_sibling", "plan", "remove_dead", "settle"]

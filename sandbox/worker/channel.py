@@ -23,11 +23,17 @@ GET = b"G"
 LIST = b"L"
 """Answer: files, a list of (path, size)."""
 FORK = b"F"
-"""settings: see `branch.py`. Followed by one byte that carries the branch's job socket, stdout, stderr and report."""
+"""settings: see `branch.plan`; dead: folders of copies that have ended; processes: what RLIMIT_NPROC must be. Followed
+by one byte that carries the copy's job socket, stdout, stderr and report."""
 SLEEP = b"Z"
 """Become a snapshot: ignore signals, be no longer inspected by processes of the same user."""
 DONE = b"D"
 """The answer to any command, on the report pipe. JSON: `error` (code and message) when it failed."""
+
+BORN, SETTLED = b"I", b"R"
+"""What a copy says on its job socket, in this order. The kernel adds who it is."""
+UNSAFE, FAILED = b"U", b"F"
+"""What it says instead, followed by the reason."""
 
 
 def pack(kind: bytes, number: int, fields: dict[str, Any] | None = None, data: bytes = b"") -> bytes:

@@ -79,8 +79,10 @@ class Interpreter:
                 answer = {"error": {"code": "fork_unsafe", "message": str(error)}}
             except OSError as error:
                 answer = {"error": {"code": "os", "message": str(error), "errno": error.errno}}
-            del data, fields
             channel.write_exactly(self.report, channel.pack(channel.DONE, number, answer, body))
+            if kind == channel.FORK:
+                branch.remove_dead(self.home, fields["dead"])  # nobody waits for that
+            del data, fields
 
     def execute(self, fields: dict[str, Any], data: bytes) -> dict[str, Any]:
         """Run one cell. The answer holds exception, exit_code, rss (KiB) and, when asked for, display."""
@@ -142,42 +144,54 @@ class Interpreter:
 
     def fork(self, fields: dict[str, Any]) -> bool:
         """Make one copy; True in it. Raises `Unsafe`, `OSError` in the original only."""
-        received = self._receive_descriptors()
         try:
-            opened = branch.check((self.job, self.report, *received))
+            plan = branch.plan(self.home, fields, (self.job, self.report), self.readable)
+        finally:
+            received = self._receive_descriptors()  # something comes in any case
+        try:
+            if not received:
+                raise branch.Unsafe("there are no descriptors for a copy")
             if self.may_kill and self.filtered:
                 seccomp.install(_TREE_LOCK)
                 self.may_kill = False
             self._allow_processes(fields["processes"])
-            states = branch.random_states() if fields["seed"] is None else None
+            states = branch.random_states() if plan.seed is None else None
             if branch.clone_sibling():
                 return False
-            self._become_copy(received, opened, fields, states)
+            self._become_copy(received, plan, states)
             return True
+        except (OSError, branch.Unsafe):
+            branch.remove_folder(plan.new.folder)
+            raise
         finally:
+            plan.drop()
             for fd in received:
                 with contextlib.suppress(OSError):
                     os.close(fd)
 
-    def _become_copy(
-        self, received: list[int], opened: list[tuple[int, int, int]], fields: dict[str, Any], states: Any
-    ) -> None:
+    def _become_copy(self, received: list[int], plan: branch.Plan, states: Any) -> None:
         try:
             self._take_channel(received)
-            os.setsid()
-            self.home = branch.settle(self.home, fields, opened, self.readable)
+            os.setsid()  # first: from now on it may be killed with its group
+            if not self.asleep:
+                self.socket.send(channel.BORN)  # while the supervisor looks who we are, we go on
+            self.home = branch.settle(plan)
             if self.fed:
                 self._feed(b"")
             if states is not None:
                 branch.set_random_states(states)
-            if self.asleep:
+            if self.asleep:  # nobody could look who we are before
                 branch.wake()
                 self.asleep = False
-            self.socket.send(b"R")
+                self.socket.send(channel.BORN)
+            self.socket.send(channel.SETTLED)
         except BaseException as error:
+            branch.remove_folder(plan.new.folder)
             unsafe = isinstance(error, branch.Unsafe)
             with contextlib.suppress(BaseException):
-                self.socket.send((b"U" if unsafe else b"F") + f"{error}"[:1000].encode(errors="replace"))
+                word = channel.UNSAFE if unsafe else channel.FAILED
+                self.socket.send(word + f"{error}"[:1000].encode(errors="replace"))
+                os.read(self.job, 1)  # until it is heard: who has gone cannot be identified
             os._exit(125)
 
     def _take_channel(self, received: list[int]) -> None:

@@ -97,6 +97,12 @@ def fresh_streams() -> CountingFile:
     return raw
 
 
+def set_home(folder: str) -> None:
+    """Let the environment say that we live in `folder`."""
+    for name in ("HOME", "TMPDIR", "PWD"):  # not by `update`, which asks of what kind its arguments are
+        os.environ[name] = folder
+
+
 def main_module() -> dict[str, Any]:
     """The names of a fresh `__main__`."""
     module = types.ModuleType("__main__")

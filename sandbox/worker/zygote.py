@@ -20,7 +20,7 @@ from sandbox import wire
 from sandbox.linux import seccomp
 from sandbox.linux import syscalls as sys_
 from sandbox.profiles import Profile
-from sandbox.worker import runner, stage
+from sandbox.worker import branch, runner, stage
 from sandbox.worker.anchor import Anchor
 from sandbox.worker.jail import JOB, LIFELINE, REPORT, Confinement, Jail
 from sandbox.worker.memory import collapse_heap, fill_pools
@@ -42,12 +42,16 @@ def warm(profile: Profile) -> stage.Stand:
     atexit._clear()  # what the modules registered is nothing that a run's end needs
     gc.collect()
     gc.disable()
+    sys._clear_type_cache()
     stand = stage.set_up()
     for _ in range(_REHEARSALS):
         runner.prepare(stand)
     linecache.clearcache()
+    branch.watch_handlers()
     gc.freeze()
-    _kept.extend(fill_pools())
+    for _ in range(_FILLINGS):
+        gc.collect()  # lists of free objects as well, which lie anywhere
+        _kept.extend(fill_pools())
     collapse_heap()
     return stand
 
@@ -55,11 +59,8 @@ def warm(profile: Profile) -> stage.Stand:
 _kept: list[bytes] = []
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
 _STRANGERS_S = 0.2
+_FILLINGS = 3  # each leaves some garbage of its own
 _REHEARSALS = 16  # the interpreter optimises what it has run eight times
-
-
-def _set_home(workdir: str) -> None:
-    os.environ.update(HOME=workdir, TMPDIR=workdir, PWD=workdir)
 
 
 class Zygote:
@@ -80,7 +81,7 @@ class Zygote:
         if jail.tier.seccomp:
             seccomp.prepare(stage.CPU_LIMIT_LOCK)
         if jail.tier.namespaces:
-            _set_home(jail.workdir(0))
+            stage.set_home(jail.workdir(0))
         self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if jail.tier.namespaces else -1
 
     def serve(self) -> None:
@@ -140,7 +141,7 @@ class Zygote:
         try:
             self.confinement.apply()
             if not self.jail.tier.namespaces:
-                _set_home(self.jail.workdir(ident))
+                stage.set_home(self.jail.workdir(ident))
             runner.prepare(self.stand)
             anchor = self.anchor.drop() if self.anchor else -1
             os.write(REPORT, runner.READY_BYTE)
