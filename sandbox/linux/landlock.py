@@ -7,6 +7,7 @@ out by attacking it (`sandbox/supervisor/probe.py`), never assumed.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class Rights:
     device: int
 
 
+@functools.cache
 def rights() -> Rights:
     """For this kernel's version of Landlock."""
     version = abi()
@@ -76,29 +78,35 @@ def fitting(path: str, access: int) -> int:
     return access if os.path.isdir(path) else access & _FILE_ONLY  # noqa: PTH112
 
 
-def build(read: Iterable[str], write: Iterable[str], devices: Iterable[str]) -> int:
-    """A ruleset's file descriptor: `read` may be read and executed, `write` (folders) used freely, `devices` opened.
+def grants(read: Iterable[str] = (), write: Iterable[str] = (), devices: Iterable[str] = ()) -> list[tuple[str, int]]:
+    """(path, rights): `read` may be read and executed, `write` (folders) used freely, `devices` opened.
 
-    Paths that do not exist are skipped: they cannot be reached either. Raises `OSError` when Landlock is missing.
+    Paths that do not exist are skipped: they cannot be reached either.
     """
+    given = rights()
+    wanted = ((read, given.read), (write, given.everything), (devices, given.device))
+    return [(path, fitting(path, access)) for paths, access in wanted for path in paths if os.path.exists(path)]  # noqa: PTH110
+
+
+def build(granted: Iterable[tuple[str, int]]) -> int:
+    """A ruleset's file descriptor. Raises `OSError` when Landlock is missing."""
     given = rights()
     ruleset = syscall(
         "landlock_create_ruleset", _CREATE, ctypes.byref(given.handled), ctypes.c_size_t(given.size), ctypes.c_uint(0)
     )
-    for paths, access in ((read, given.read), (write, given.everything), (devices, given.device)):
-        for path in paths:
-            _allow(ruleset, path, access)
+    for path, access in granted:
+        _allow(ruleset, path, access)
     return ruleset
 
 
 def _allow(ruleset: int, path: str, access: int) -> None:
-    """Grant `access` beneath `path`; nothing happens when it does not exist."""
+    """Grant `access` beneath `path`; nothing happens when it does not exist any more."""
     try:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
     except FileNotFoundError:
         return
     try:
-        rule = PathRule(fitting(path, access), fd)
+        rule = PathRule(access, fd)
         syscall(
             "landlock_add_rule",
             _ADD,

@@ -35,12 +35,6 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
 
     Raises `SessionError` (fork_unsafe, too_many, session_ended) and `SandboxInfraError`.
     """
-    try:
-        count = threads(source.pid)
-    except OSError:
-        raise SessionError("the session's process has ended", "session_ended") from None
-    if count != 1:
-        raise SessionError(f"the interpreter has {count} threads; only one can be copied", "fork_unsafe")
     place = tree.next_place(source.place, layer)
     fields = {
         "folder": place.folder,
@@ -173,21 +167,36 @@ def _receive(job: int) -> tuple[bytes, list[tuple[int, int, bytes]]]:
 async def _command(source: Interpreter, fields: dict[str, Any], birth: _Birth) -> None:
     """Raises what the original says against it."""
     answer = source.ask(channel.FORK, fields)
+    descriptors: list[int] = []
     try:
         try:
+            _one_thread(source.pid)
             descriptors = birth.open()
-        except OSError:
-            source.send_descriptors([])  # it must not wait for them
-            raise
-        try:
-            source.send_descriptors(descriptors)
-        except OSError:
-            raise SessionError("the session's process has ended", "session_ended") from None
+        finally:
+            _send(source, descriptors)  # in any case: it waits for them
         said, _ = await answer
     finally:
         answer.cancel()
     birth.forget_theirs()
     raise_error(said)
+
+
+def _one_thread(pid: int) -> None:
+    """Raises `SessionError`."""
+    try:
+        count = threads(pid)
+    except OSError:
+        raise SessionError("the session's process has ended", "session_ended") from None
+    if count != 1:
+        raise SessionError(f"the interpreter has {count} threads; only one can be copied", "fork_unsafe")
+
+
+def _send(source: Interpreter, descriptors: list[int]) -> None:
+    """Raises `SessionError`."""
+    try:
+        source.send_descriptors(descriptors)
+    except OSError:
+        raise SessionError("the session's process has ended", "session_ended") from None
 
 
 def raise_error(answer: dict[str, Any]) -> None:

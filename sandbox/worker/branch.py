@@ -250,10 +250,11 @@ class Plan:
             self.ruleset = -1
 
 
-def plan(home: Home, fields: dict[str, Any], ours: Iterable[int], readable: list[str]) -> Plan:
+def plan(home: Home, fields: dict[str, Any], ours: Iterable[int], granted: list[tuple[str, int]]) -> Plan:
     """In the original: check that it can be copied, copy its folder, and open what the copy's walls are made of.
 
-    `fields`: folder (its name), layer (whether to add a Landlock layer), seed (None: keep the state).
+    `granted`: what it may reach besides its folder. `fields`: folder (its name), layer (whether to add a Landlock
+    layer), seed (None: keep the state).
     Raises `Unsafe`, `OSError`; nothing is left behind then.
     """
     files = check(ours)
@@ -262,7 +263,7 @@ def plan(home: Home, fields: dict[str, Any], ours: Iterable[int], readable: list
     try:
         paths = copy_folder(home.folder, folder, COPY_BYTES)
         if fields["layer"] and landlock.abi():
-            ruleset = landlock.build(readable, [folder], root.DEVICES)
+            ruleset = landlock.build([*granted, (folder, landlock.rights().everything)])
     except BaseException:
         remove_folder(folder)
         raise
@@ -283,16 +284,19 @@ def settle(plan: Plan) -> Home:
             os.chdir(folder + inside[len(old) :])
     if not os.getcwd().startswith(folder):  # noqa: PTH109
         os.chdir(folder)
-    stage.set_home(folder)
-    tempfile = sys.modules.get("tempfile")
-    if tempfile is not None:
-        tempfile.__dict__["tempdir"] = None  # found anew, from TMPDIR
     if plan.ruleset >= 0:
         landlock.restrict_self(plan.ruleset)
-        plan.drop()
     if plan.seed is not None:
         stage.seed_all(plan.seed)
     return plan.new
+
+
+def furnish(home: Home) -> None:
+    """In the copy, before its first command: the environment names its folder."""
+    stage.set_home(home.folder)
+    tempfile = sys.modules.get("tempfile")
+    if tempfile is not None:
+        tempfile.__dict__["tempdir"] = None  # found anew, from TMPDIR
 
 
 def remove_dead(home: Home, names: Iterable[str]) -> None:
@@ -326,4 +330,4 @@ def set_random_states(states: tuple[Any, Any]) -> None:
         sys.modules["numpy"].random.set_state(states[1])
 
 
-__all__ = ["FileError", "Home", "Plan", "Unsafe", "check", "clone_sibling", "plan", "remove_dead", "settle"]
+__all__ = ["FileError", "Home", "Plan", "Unsafe", "check", "clone_sibling", "furnish", "plan", "remove_dead", "settle"]

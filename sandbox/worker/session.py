@@ -17,9 +17,9 @@ import socket
 import sys
 from typing import Any
 
-from sandbox.linux import seccomp
+from sandbox.linux import landlock, seccomp
 from sandbox.linux.syscalls import SUPPORTED
-from sandbox.worker import branch, channel, files, stage
+from sandbox.worker import branch, channel, files, root, stage
 from sandbox.worker.display import cell_name, describe, rich_results, run_source
 
 _TREE_LOCK = seccomp.build_tree_lock() if SUPPORTED else b""
@@ -31,11 +31,11 @@ class Interpreter:
 
     def __init__(self, stand: stage.Stand, job: int, report: int, settings: dict[str, Any], filtered: bool) -> None:
         self.job, self.report, self.filtered = job, report, filtered
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=job)
         self.processes = settings["processes"]
         folder = os.getcwd()  # noqa: PTH109
         self.home = branch.Home(folder, folder)
         self.readable = branch.readable_paths(folder)
+        self.granted: list[tuple[str, int]] = []  # the same with rights, once they are needed
         self.raw, self.stdout, self.names = stand.raw, stand.stdout, stand.names
         self.armed = False
         self.asleep = False
@@ -145,7 +145,8 @@ class Interpreter:
     def fork(self, fields: dict[str, Any]) -> bool:
         """Make one copy; True in it. Raises `Unsafe`, `OSError` in the original only."""
         try:
-            plan = branch.plan(self.home, fields, (self.job, self.report), self.readable)
+            self.granted = self.granted or landlock.grants(self.readable, devices=root.DEVICES)
+            plan = branch.plan(self.home, fields, (self.job, self.report), self.granted)
         finally:
             received = self._receive_descriptors()  # something comes in any case
         try:
@@ -156,6 +157,7 @@ class Interpreter:
                 self.may_kill = False
             self._allow_processes(fields["processes"])
             states = branch.random_states() if plan.seed is None else None
+            received[0], received[3] = _high(received[0]), _high(received[3])
             if branch.clone_sibling():
                 return False
             self._become_copy(received, plan, states)
@@ -170,11 +172,18 @@ class Interpreter:
                     os.close(fd)
 
     def _become_copy(self, received: list[int], plan: branch.Plan, states: Any) -> None:
+        """What must have happened before anybody is told of the copy; the rest can wait until it has been told.
+
+        `received` holds what is to be closed then.
+        """
         try:
-            self._take_channel(received)
             os.setsid()  # first: from now on it may be killed with its group
+            self.job, received[0] = received[0], self.job
+            self.report, received[3] = received[3], self.report
             if not self.asleep:
-                self.socket.send(channel.BORN)  # while the supervisor looks who we are, we go on
+                os.write(self.job, channel.BORN)  # while the supervisor looks who we are, we go on
+            os.dup2(received[1], 1)
+            os.dup2(received[2], 2)
             self.home = branch.settle(plan)
             if self.fed:
                 self._feed(b"")
@@ -183,33 +192,25 @@ class Interpreter:
             if self.asleep:  # nobody could look who we are before
                 branch.wake()
                 self.asleep = False
-                self.socket.send(channel.BORN)
-            self.socket.send(channel.SETTLED)
+                os.write(self.job, channel.BORN)
+            os.write(self.job, channel.SETTLED)
+            branch.furnish(self.home)
         except BaseException as error:
             branch.remove_folder(plan.new.folder)
-            unsafe = isinstance(error, branch.Unsafe)
+            word = channel.UNSAFE if isinstance(error, branch.Unsafe) else channel.FAILED
             with contextlib.suppress(BaseException):
-                word = channel.UNSAFE if unsafe else channel.FAILED
-                self.socket.send(word + f"{error}"[:1000].encode(errors="replace"))
+                os.write(self.job, word + f"{error}"[:1000].encode(errors="replace"))
                 os.read(self.job, 1)  # until it is heard: who has gone cannot be identified
             os._exit(125)
-
-    def _take_channel(self, received: list[int]) -> None:
-        """Talk over the new descriptors; the original's are its own."""
-        job, stdout, stderr, report = received
-        received.clear()
-        self.socket.close()
-        os.close(self.report)
-        self.job, self.report = _high(job), _high(report)
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=self.job)
-        for target, fd in ((1, stdout), (2, stderr)):
-            os.dup2(fd, target, inheritable=True)
-            os.close(fd)
 
     def _receive_descriptors(self) -> list[int]:
         """Job, stdout, stderr and report of the copy."""
         size = array.array("i").itemsize
-        data, ancillary, _, _ = self.socket.recvmsg(1, socket.CMSG_SPACE(4 * size))
+        end = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno=self.job)
+        try:
+            data, ancillary, _, _ = end.recvmsg(1, socket.CMSG_SPACE(4 * size))
+        finally:
+            end.detach()
         if not data:
             os._exit(0)
         fds = array.array("i")
