@@ -44,25 +44,32 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
         "processes": tree.processes + 1,
     }
     try:
-        with _Birth() as birth:
-            async with asyncio.timeout(FORK_S):
-                await _command(source, fields, birth)
-                pid = await birth.born()
-                birth.child.process = _identify(tree, pid)
-                tree.unit.adopt(birth.child)
-                member = birth.hand_over(pid, place)
-                try:
-                    tree.add(member)
-                    await birth.settled()
-                except BaseException:
-                    birth.stop_listening()
-                    await asyncio.shield(tree.release(member))
-                    raise
-    except TimeoutError:
-        raise SessionError(f"the session did not copy itself within {FORK_S:g} s", "session_ended") from None
-    except OSError as error:
-        raise SandboxInfraError(f"no room for a copy: {error}", "spawn_failed") from None
-    return member
+        async with asyncio.timeout(FORK_S):
+            return await _make(source, tree, place, fields)
+    except BaseException as error:
+        tree.leave(place)
+        if isinstance(error, TimeoutError):
+            raise SessionError(f"the session did not copy itself within {FORK_S:g} s", "session_ended") from None
+        if isinstance(error, OSError):
+            raise SandboxInfraError(f"no room for a copy: {error}", "spawn_failed") from None
+        raise
+
+
+async def _make(source: Interpreter, tree: Tree, place: Place, fields: dict[str, Any]) -> Interpreter:
+    with _Birth() as birth:
+        await _command(source, fields, birth)
+        pid = await birth.born()
+        birth.child.process = _identify(tree, pid)
+        tree.unit.adopt(birth.child)
+        member = birth.hand_over(pid, place)
+        try:
+            tree.add(member)
+            await birth.settled()
+        except BaseException:
+            birth.stop_listening()
+            await asyncio.shield(tree.release(member))
+            raise
+        return member
 
 
 class _Birth:

@@ -71,14 +71,18 @@ class Tree:
             return False
         return not self.namespace or _namespace(pid) == self.namespace
 
+    def leave(self, place: Place) -> None:
+        """Nobody lives there, or ever did: its folder goes when its neighbours make the next copy."""
+        if place.folder and place not in self._empty:
+            self._empty.append(place)
+
     async def release(self, member: Interpreter) -> None:
         """End a member and close what belongs to it."""
         if member not in self.members:
             return
         self.members.discard(member)
         member.kill()
-        if member.place.folder:
-            self._empty.append(member.place)
+        self.leave(member.place)
         if not self.members:
             member.detach()
             if member.child is not self.root:

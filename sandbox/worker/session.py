@@ -162,9 +162,6 @@ class Interpreter:
                 return False
             self._become_copy(received, plan, states)
             return True
-        except (OSError, branch.Unsafe):
-            branch.remove_folder(plan.new.folder)
-            raise
         finally:
             plan.drop()
             for fd in received:
@@ -196,7 +193,6 @@ class Interpreter:
             os.write(self.job, channel.SETTLED)
             branch.furnish(self.home)
         except BaseException as error:
-            branch.remove_folder(plan.new.folder)
             word = channel.UNSAFE if isinstance(error, branch.Unsafe) else channel.FAILED
             with contextlib.suppress(BaseException):
                 os.write(self.job, word + f"{error}"[:1000].encode(errors="replace"))
