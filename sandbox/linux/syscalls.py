@@ -156,6 +156,35 @@ _GETC = ctypes.cast(_LIBC.getc_unlocked, ctypes.c_void_p)
 _CLONE_VM = 0x00000100
 
 
+def free_memory() -> tuple[int, int]:
+    """(bytes, address): what libc's allocator has free between its blocks, and where its free end begins.
+
+    (0, 0) where libc does not tell (glibc 2.33 does).
+    """
+    try:
+        info = _LIBC.mallinfo2
+    except AttributeError:
+        return 0, 0
+    info.restype = _MallocInfo
+    found = info()
+    return found.free - found.end, int(_SBRK(0)) - found.end
+
+
+class _MallocInfo(ctypes.Structure):
+    _fields_ = (
+        *((f"other_{n}", ctypes.c_size_t) for n in range(8)),
+        ("free", ctypes.c_size_t),
+        ("end", ctypes.c_size_t),
+    )
+
+
+_SBRK = _LIBC.sbrk
+_SBRK.restype, _SBRK.argtypes = ctypes.c_size_t, (ctypes.c_long,)
+malloc, free = _LIBC.malloc, _LIBC.free
+malloc.restype, malloc.argtypes = ctypes.c_size_t, (ctypes.c_size_t,)
+free.restype, free.argtypes = None, (ctypes.c_size_t,)
+
+
 def read_stream(fd: int, buffer: int, size: int) -> ctypes.c_void_p:
     """A C stream that reads `fd` through the memory at `buffer`, so that reading allocates nothing."""
     stream = ctypes.c_void_p(_FDOPEN(ctypes.c_int(fd), b"r"))

@@ -25,7 +25,7 @@ from sandbox.linux import syscalls as sys_
 from sandbox.linux.numbers import SPECIAL
 from sandbox.paths import BRANCHES
 from sandbox.worker import root, stage
-from sandbox.worker.files import FileError, walk
+from sandbox.worker.files import MAX_DEPTH, FileError, walk
 
 COPY_BYTES = 32 * 1024 * 1024
 """Files of a work folder larger than this in all make it `fork_unsafe`."""
@@ -183,12 +183,20 @@ def _check_size(base: int, cap: int) -> None:
             )
 
 
-def remove_folder(path: str) -> None:
-    """Best effort; links are not followed."""
-    import shutil  # with all its compressors it is no small part of a warm interpreter, and few copies need it
-
-    with contextlib.suppress(RecursionError):
-        shutil.rmtree(path, ignore_errors=True)
+def remove_folder(path: str, parent: int | None = None, deepest: int = MAX_DEPTH) -> None:
+    """Best effort; links are not followed. `shutil.rmtree` would drag much of a warm interpreter into this process."""
+    with contextlib.suppress(OSError):
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
+        try:
+            for name in os.listdir(folder):  # noqa: PTH208
+                try:
+                    os.unlink(name, dir_fd=folder)
+                except OSError:
+                    if deepest:
+                        remove_folder(name, folder, deepest - 1)
+        finally:
+            os.close(folder)
+        os.rmdir(path, dir_fd=parent)
 
 
 def _copy_file(folder: int, name: str, target: str) -> None:

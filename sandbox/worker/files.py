@@ -16,7 +16,7 @@ from sandbox.paths import BRANCHES, MAX_ENTRIES
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not block us
-_MAX_DEPTH = 64
+MAX_DEPTH = 64
 
 
 class FileError(Exception):
@@ -116,7 +116,7 @@ def walk(folder: int, prefix: str = "", depth: int = 0) -> Iterator[tuple[int, s
             continue
         path = f"{prefix}{name}"
         yield folder, name, path, found
-        if stat.S_ISDIR(found.st_mode) and depth < _MAX_DEPTH:
+        if stat.S_ISDIR(found.st_mode) and depth < MAX_DEPTH:
             try:
                 inner = os.open(name, _FOLDER, dir_fd=folder)
             except OSError:

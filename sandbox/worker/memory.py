@@ -10,6 +10,7 @@ from pathlib import Path
 from sandbox.linux import syscalls as sys_
 
 _HUGE = 2 << 20
+_SIZES = (*(2**power for power in range(16, 10, -1)), *range(1016, 0, -16))  # large ones first: what is left is smaller
 _BYTES_HEADER = sys.getsizeof(b"")
 
 
@@ -51,6 +52,20 @@ def fill_pools() -> list[bytes]:
     for size, free in _free_blocks().items():
         fillers += [bytes(size - _BYTES_HEADER) for _ in range(free) if size >= _BYTES_HEADER]
     return fillers
+
+
+def fill_heap() -> int:
+    """The same for what libc has free between its blocks; returns how many bytes are used up."""
+    used = 0
+    left, top = sys_.free_memory()
+    for size in _SIZES:
+        while used < left:
+            block = sys_.malloc(size)
+            if not block or block >= top:  # nothing of that size is left in between
+                sys_.free(block)
+                break
+            used += size
+    return used
 
 
 def _free_blocks() -> dict[int, int]:

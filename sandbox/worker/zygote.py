@@ -23,7 +23,7 @@ from sandbox.profiles import Profile
 from sandbox.worker import branch, runner, stage
 from sandbox.worker.anchor import Anchor
 from sandbox.worker.jail import JOB, LIFELINE, REPORT, Confinement, Jail
-from sandbox.worker.memory import collapse_heap, fill_pools
+from sandbox.worker.memory import collapse_heap, fill_heap, fill_pools
 
 
 def warm(profile: Profile) -> stage.Stand:
@@ -40,23 +40,30 @@ def warm(profile: Profile) -> stage.Stand:
         del sys.modules[name]
     _hidden.extend(runner.rehearse())
     atexit._clear()  # what the modules registered is nothing that a run's end needs
-    gc.collect()
+    sys._clear_type_cache()  # it holds names, which lie anywhere
     gc.disable()
-    sys._clear_type_cache()
+    _fill()
     stand = stage.set_up()
     for _ in range(_REHEARSALS):
         runner.prepare(stand)
     linecache.clearcache()
     branch.watch_handlers()
+    _fill()
     gc.freeze()
-    for _ in range(_FILLINGS):
-        gc.collect()  # lists of free objects as well, which lie anywhere
-        _kept.extend(fill_pools())
     collapse_heap()
     return stand
 
 
-_kept: list[bytes] = []
+def _fill() -> None:
+    """Let what comes from now on lie together, away from what has been there before."""
+    for _ in range(_FILLINGS):
+        gc.collect()  # lists of free objects as well, which lie anywhere
+        _kept.extend(fill_pools())
+    _kept.append(slice(0))  # the one that the interpreter keeps for next time
+    fill_heap()
+
+
+_kept: list[object] = []
 _hidden: list[types.ModuleType] = []  # our own modules, alive but no longer importable by user code
 _STRANGERS_S = 0.2
 _FILLINGS = 3  # each leaves some garbage of its own
