@@ -135,8 +135,11 @@ def owner_and_parent(pid: int) -> tuple[int, int]:
 
 
 def threads(pid: int) -> int:
-    """Threads of a process. Raises `OSError`."""
-    return _field(_status(pid), b"\nThreads:")
+    """Threads of a process. Raises `OSError`.
+
+    The kernel counts them as links of this folder, which is much quicker to ask than for all of its status.
+    """
+    return os.stat(f"/proc/{pid}/task").st_nlink - 2  # noqa: PTH116
 
 
 def _status(pid: int) -> bytes:

@@ -244,8 +244,8 @@ class Plan:
     """Where a copy will live, made ready for it by the original, which has done all this before: a fresh copy pays for
     every page that it is the first to touch."""
 
-    old: Home
     new: Home
+    workdir: str
     files: list[tuple[int, int, int]]
     paths: dict[tuple[int, int], str]
     ruleset: int
@@ -276,7 +276,17 @@ def plan(home: Home, fields: dict[str, Any], ours: Iterable[int], granted: list[
         remove_folder(folder)
         raise
     new = Home(folder, folder if fields["layer"] else home.domain)
-    return Plan(home, new, files, paths, ruleset, fields["seed"])
+    return Plan(new, _counterpart(home.folder, folder), files, paths, ruleset, fields["seed"])
+
+
+def _counterpart(old: str, new: str) -> str:
+    """Where the copy is when the original is where it is now; its folder where there is no such place."""
+    try:
+        inside = os.getcwd()  # noqa: PTH109
+    except FileNotFoundError:
+        return new
+    counterpart = new + inside[len(old) :]
+    return counterpart if inside.startswith(old + "/") and os.path.isdir(counterpart) else new  # noqa: PTH112
 
 
 def settle(plan: Plan) -> Home:
@@ -284,14 +294,8 @@ def settle(plan: Plan) -> Home:
 
     Raises `Unsafe`, `OSError`.
     """
-    old, folder = plan.old.folder, plan.new.folder
     _reopen(plan.files, plan.paths)
-    inside = os.getcwd()  # noqa: PTH109
-    if inside.startswith(old):
-        with contextlib.suppress(OSError):
-            os.chdir(folder + inside[len(old) :])
-    if not os.getcwd().startswith(folder):  # noqa: PTH109
-        os.chdir(folder)
+    os.chdir(plan.workdir)
     if plan.ruleset >= 0:
         landlock.restrict_self(plan.ruleset)
     if plan.seed is not None:

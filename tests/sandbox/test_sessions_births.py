@@ -53,6 +53,23 @@ async def test_it_lives_in_its_own_folder_before_its_first_command(box: LocalSan
         assert all(len(set(home)) == 1 for home in homes) and len({home[0] for home in homes}) == 5
 
 
+@pytest.mark.parametrize(
+    ("where", "there"),
+    [
+        ("os.makedirs('a/b'); os.chdir('a/b')", "/a/b"),
+        ("os.chdir('/usr')", ""),
+        ("os.mkdir('gone'); os.chdir('gone'); os.rmdir(os.getcwd())", ""),
+    ],
+)
+async def test_it_is_where_its_original_is(box: LocalSandbox, where: str, there: str) -> None:
+    async with box.session() as session:
+        await said(session, f"import os; {where}")
+        (branch,) = await session.fork()
+        assert await said(branch, "print(os.getcwd() == os.environ['HOME'] + " + repr(there) + ")") == "True"
+        (inner,) = await branch.fork()
+        assert await said(inner, "print(os.getcwd() == os.environ['HOME'] + " + repr(there) + ")") == "True"
+
+
 async def becomes(wanted: int, pid: int) -> bool:
     """Whether the process soon has that many descriptors: its pool of ready children may just be filling up."""
     for _ in range(100):
