@@ -26,7 +26,7 @@ LIFELINE, JOB, REPORT = 512, 513, 514
 """Numbers of the descriptors that a confined child keeps besides 0, 1 and 2: its anchor's stream, where the job comes
 from, where it answers. High, because descriptors are listed by the kernel up to the highest, and ordinary code opens
 low ones."""
-_NULL, _PROC, _RULES = 515, 516, 517  # what the zygote keeps open for the calls below; the last of them count upwards
+_NULL, _SINK, _PROC, _RULES = 515, 516, 517, 518  # kept open by the zygote for the calls below; the last count upwards
 _LAST = 0xFFFFFFFF
 _LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_MEMLOCK, 0))
 
@@ -74,13 +74,13 @@ class Confinement:
         self._workdir = ctypes.create_string_buffer(os.fsencode(jail.workdir(0)), 4096)
         self._rules = _RULES
         self._keep("/dev/null", _NULL, os.O_RDONLY)
+        self._keep("/dev/null", _SINK, os.O_WRONLY)
         self._keep("/proc", _PROC, os.O_PATH)
         for fd in (JOB, REPORT):  # taken, so that nothing that comes in gets these numbers
             os.dup2(_NULL, fd, inheritable=False)
         if self._tier.seccomp:
             self._filter = seccomp.Filter(self._tier.deny_fork, INIT_SEES_CHILD_AS)
-        self._joins, self._joins_none = self._calls(joins=True), self._calls(joins=False)
-        self._now = self._joins_none
+        self._calls = self._list()
 
     @staticmethod
     def _keep(path: str, fd: int, flags: int) -> None:
@@ -91,25 +91,25 @@ class Confinement:
     def aim(self, ident: int, uid: int, fds: list[int], group: int) -> None:
         """The next child. `uid`: the user id to take in tier `uid`; `fds`: job, stdout, stderr, report; `group`: where
         to join a control group, or -1."""
-        self._now = self._joins if group >= 0 else self._joins_none
+        group = group if group >= 0 else _SINK
         slots = (self._job, self._stdout, self._stderr, self._report, self._group, self._uid)
         for slot, value in zip(slots, (*fds[:4], group, uid), strict=True):
-            self._now.put(slot, value)
+            self._calls.put(slot, value)
         if not self._tier.namespaces:
             self._workdir.value = os.fsencode(self._jail.workdir(ident))
 
     def apply(self) -> None:
         """In the child: take the tier's walls and move to its work folder. Raises `OSError`."""
-        self._now.perform()
+        self._calls.perform()
         if self._tier.seccomp:
             # Also in `ns`: the kernel may still hold the number of a process that has just gone.
             if (pid := os.getpid()) != INIT_SEES_CHILD_AS:
                 self._filter.aim(pid)
             self._filter.install()
 
-    def _calls(self, joins: bool) -> Calls:
+    def _list(self) -> Calls:
         calls = Calls()
-        self._descriptors(calls, joins)
+        self._descriptors(calls)
         calls.add("setsid")
         calls.add("umask", 0o077)
         if self._tier.namespaces:
@@ -134,13 +134,12 @@ class Confinement:
         calls.add("close_range", REPORT + 1, _LAST, 0)
         return calls
 
-    def _descriptors(self, calls: Calls, joins: bool) -> None:
+    def _descriptors(self, calls: Calls) -> None:
         """Each to its place, first of all the one that failures are reported to; what the zygote has open besides, and
         the calls below do not use, is closed."""
         for slot, fd in ((self._report, REPORT), (self._job, JOB)):
             calls.add("dup3", slot, fd, os.O_CLOEXEC, returns=fd)
-        if joins:
-            calls.add("write", self._group, b"0", 1, says="joining the control group")
+        calls.add("write", self._group, b"0", 1, says="joining the control group")
         for fd, source in ((0, _NULL), (1, self._stdout), (2, self._stderr)):
             calls.add("dup3", source, fd, 0, returns=fd)
         calls.add("close_range", 3, LIFELINE - 1, 0)
