@@ -90,7 +90,7 @@ class Confinement:
 
     def aim(self, ident: int, uid: int, fds: list[int], group: int) -> None:
         """The next child. `uid`: the user id to take in tier `uid`; `fds`: job, stdout, stderr, report; `group`: where
-        to join a control group, or -1."""
+        to join a control group, or -1: then it joins /dev/null."""
         group = group if group >= 0 else _SINK
         slots = (self._job, self._stdout, self._stderr, self._report, self._group, self._uid)
         for slot, value in zip(slots, (*fds[:4], group, uid), strict=True):

@@ -144,12 +144,14 @@ class Interpreter:
 
     def fork(self, fields: dict[str, Any]) -> bool:
         """Make one copy; True in it. Raises `Unsafe`, `OSError` in the original only."""
+        received: list[int] = []
+        plan = None
         try:
-            self.granted = self.granted or landlock.grants(self.readable, devices=root.DEVICES)
-            plan = branch.plan(self.home, fields, (self.job, self.report), self.granted)
-        finally:
-            received = self._receive_descriptors()  # something comes in any case
-        try:
+            try:
+                self.granted = self.granted or landlock.grants(self.readable, devices=root.DEVICES)
+                plan = branch.plan(self.home, fields, (self.job, self.report), self.granted)
+            finally:
+                received = self._receive_descriptors()  # something comes in any case
             if not received:
                 raise branch.Unsafe("there are no descriptors for a copy")
             if self.may_kill and self.filtered:
@@ -163,15 +165,16 @@ class Interpreter:
             self._become_copy(received, plan, states)
             return True
         finally:
-            plan.drop()
+            if plan is not None:
+                plan.drop()
             for fd in received:
                 with contextlib.suppress(OSError):
                     os.close(fd)
 
     def _become_copy(self, received: list[int], plan: branch.Plan, states: Any) -> None:
-        """What must have happened before anybody is told of the copy; the rest can wait until it has been told.
+        """Up to SETTLED, what must be done before the copy is handed out; after it, what can wait until somebody knows.
 
-        `received` holds what is to be closed then.
+        Of `received` are kept the job socket and the report; the original's take their places, to be closed.
         """
         try:
             os.setsid()  # first: from now on it may be killed with its group

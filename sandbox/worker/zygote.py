@@ -40,7 +40,8 @@ def warm(profile: Profile) -> stage.Stand:
         del sys.modules[name]
     _hidden.extend(runner.rehearse())
     atexit._clear()  # what the modules registered is nothing that a run's end needs
-    sys._clear_type_cache()  # it holds names, which lie anywhere
+    if sys.version_info < (3, 12):
+        sys._clear_type_cache()  # it counts its references to names, which lie anywhere
     gc.disable()
     _fill()
     stand = stage.set_up()

@@ -118,6 +118,18 @@ async def test_copies_that_have_ended_leave_nothing(box: LocalSandbox) -> None:
         assert (await said(last, "import os; print(os.getcwd())")).endswith(f"/{left}")
 
 
+async def test_a_refusal_leaves_no_descriptor_in_the_session(box: LocalSandbox) -> None:
+    """Those of the copy that was not made: the next fork would find them, and code could write to them."""
+    async with box.session() as session:
+        await said(session, "import os\nends = os.pipe()")
+        for _ in range(3):
+            assert "pipe" in str(await refused("fork_unsafe", session.fork()))
+        assert await said(session, "for end in ends: os.close(end)\nlowest = os.open('.', 0); lowest") == "3"
+        await said(session, "os.close(lowest)")
+        (branch,) = await session.fork()
+        assert await said(branch, "print(os.open('.', 0))") == await said(session, "print(os.open('.', 0))") == "3"
+
+
 async def test_a_refusal_for_threads_does_not_disturb_the_next_fork(box: LocalSandbox) -> None:
     """The original has been asked by then, and waits for descriptors that never come."""
     async with box.session() as session:
