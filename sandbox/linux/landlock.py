@@ -78,13 +78,13 @@ def fitting(path: str, access: int) -> int:
     return access if os.path.isdir(path) else access & _FILE_ONLY  # noqa: PTH112
 
 
-def grants(read: Iterable[str] = (), write: Iterable[str] = (), devices: Iterable[str] = ()) -> list[tuple[str, int]]:
-    """(path, rights): `read` may be read and executed, `write` (folders) used freely, `devices` opened.
+def grants(read: Iterable[str], devices: Iterable[str]) -> list[tuple[str, int]]:
+    """(path, rights): `read` may be read and executed, `devices` opened.
 
     Paths that do not exist are skipped: they cannot be reached either.
     """
     given = rights()
-    wanted = ((read, given.read), (write, given.everything), (devices, given.device))
+    wanted = ((read, given.read), (devices, given.device))
     return [(path, fitting(path, access)) for paths, access in wanted for path in paths if os.path.exists(path)]  # noqa: PTH110
 
 

@@ -148,7 +148,7 @@ class Interpreter:
         plan = None
         try:
             try:
-                self.granted = self.granted or landlock.grants(self.readable, devices=root.DEVICES)
+                self.granted = self.granted or landlock.grants(self.readable, root.DEVICES)
                 plan = branch.plan(self.home, fields, (self.job, self.report), self.granted)
             finally:
                 received = self._receive_descriptors()  # something comes in any case
