@@ -52,7 +52,7 @@ def watch_handlers() -> None:
     """In the zygote, once warm: notice whether user code asks for something to be done around a fork.
 
     What Python and the libraries of a profile do there is for processes with threads and for random numbers; a copy has
-    one thread and is seeded anyway, and it would cost a fifth of the copy.
+    one thread and is seeded anyway, and it would cost a tenth of the copy's time.
     """
 
     def noticing(*args: Any, **kwargs: Any) -> None:
