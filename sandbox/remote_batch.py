@@ -10,7 +10,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import httpx
+import aiohttp
 
 from sandbox.codec import dumps
 from sandbox.remote_endpoint import MAX_ANSWER, Answer, Endpoint, LostRequest
@@ -74,8 +74,8 @@ class Coalescer:
         body = dumps({"items": [item[0] for item in items]})
         headers = {"Content-Type": "application/json"}
         async with endpoint.stream("POST", "/v1/batch", body, seconds=seconds, headers=headers) as response:
-            if response.status_code != 200:
-                whole = Answer(response.status_code, b"".join([chunk async for chunk in _bounded(response)]))
+            if response.status != 200:
+                whole = Answer(response.status, b"".join([chunk async for chunk in _bounded(response)]))
                 endpoint.judge(whole)
                 for _, _, future in items:
                     if not future.done():
@@ -112,20 +112,20 @@ def _parse(line: bytes, count: int) -> tuple[int, Answer]:
     return index, Answer(status, b"", parsed=body)
 
 
-async def _bounded(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _bounded(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     size = 0
-    async for chunk in response.aiter_raw():
+    async for chunk in response.content.iter_any():
         size += len(chunk)
         if size > MAX_ANSWER:
             raise SandboxProtocolError(f"an answer of more than {MAX_ANSWER} bytes")
         yield chunk
 
 
-async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
     """Whole lines; each, and the rest that waits for its end, is bounded. A last line without an end is dropped."""
     rest: list[bytes] = []
     held = 0
-    async for chunk in response.aiter_raw():
+    async for chunk in response.content.iter_any():
         *ends, last = chunk.split(b"\n")
         for end in ends:
             yield b"".join([*rest, end])

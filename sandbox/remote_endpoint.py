@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
+from yarl import URL
 
 from sandbox.codec import parse_error
 from sandbox.remote_retry import Breaker
@@ -19,6 +21,8 @@ from sandbox.types import SandboxProtocolError, SandboxUnavailable
 CONNECT_S = 5.0
 MAX_ANSWER = 64 * 1024 * 1024
 """Bytes of the largest answer."""
+_KEEP_S = 60.0  # less than the server's
+_LARGE = 1 << 20
 _UNFIT = ("unavailable", "draining", "confinement_unavailable", "internal")
 
 
@@ -71,27 +75,39 @@ class Endpoint:
         self.in_flight = 0
         self.sessions = 0
         self.breaker = Breaker()
-        uds = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
-        if uds is None:
+        self._uds = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
+        if self._uds is None:
             parts = urlsplit(self.url)
             if parts.scheme not in ("http", "https") or not parts.hostname:
                 raise ValueError(f"sandbox URL {url!r}: write http://HOST:PORT, https://HOST or unix:/PATH")
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections, keepalive_expiry=60)
-        headers = {"Accept-Encoding": "identity", "User-Agent": "retool-sandbox"}
+        self._base = str(URL(self.url)).rstrip("/") if self._uds is None else "http://sandbox"
+        self._headers = {"Accept-Encoding": "identity", "User-Agent": "retool-sandbox"}
         if token:
-            headers["Authorization"] = f"Bearer {token}"
-        self._client = httpx.AsyncClient(
-            base_url="http://sandbox" if uds is not None else self.url,
-            transport=httpx.AsyncHTTPTransport(uds=uds, limits=limits),
-            headers=headers,
-            timeout=httpx.Timeout(None, connect=CONNECT_S),
-            follow_redirects=False,
-            trust_env=False,
-        )
+            self._headers["Authorization"] = f"Bearer {token}"
+        self._connections = connections
+        self._client: aiohttp.ClientSession | None = None
+
+    def _open(self) -> aiohttp.ClientSession:
+        """Made at the first request: it belongs to the event loop that runs then."""
+        if self._client is None:
+            limit = self._connections
+            self._client = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=limit, keepalive_timeout=_KEEP_S)
+                if self._uds is None
+                else aiohttp.UnixConnector(self._uds, limit=limit, keepalive_timeout=_KEEP_S),
+                headers=self._headers,
+                skip_auto_headers=("Content-Type",),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        return self._client
 
     async def close(self) -> None:
         """Hang up."""
-        await self._client.aclose()
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
 
     async def send(
         self,
@@ -105,13 +121,13 @@ class Endpoint:
         """One attempt. Raises `LostRequest` without an answer, `SandboxProtocolError` for an answer too large."""
         async with self.stream(method, path, body, seconds=seconds, headers=headers) as response:
             chunks, size = [], 0
-            async for chunk in response.aiter_raw():
+            async for chunk in response.content.iter_any():
                 size += len(chunk)
                 if size > MAX_ANSWER:
                     raise SandboxProtocolError(f"{self.url}: an answer of more than {MAX_ANSWER} bytes")
                 chunks.append(chunk)
             kind = response.headers.get("content-type", "")
-            answer = Answer(response.status_code, b"".join(chunks), kind.startswith("application/json"))
+            answer = Answer(response.status, b"".join(chunks), kind.startswith("application/json"))
         self.judge(answer)
         return answer
 
@@ -137,27 +153,31 @@ class Endpoint:
         *,
         seconds: float,
         headers: Mapping[str, str] | None = None,
-    ) -> AsyncIterator[httpx.Response]:
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
         """An answer whose body is read inside; raises `LostRequest` when the connection or the time ends."""
         probing = self.breaker.enter()
         self.in_flight += 1
         try:
             async with asyncio.timeout(max(0.001, seconds)):
-                async with self._client.stream(method, path, content=body, headers=headers) as response:
-                    if response.status_code < 500:
+                url = URL(self._base + path, encoded=True)  # as it is: a part of a path may be dots
+                data = io.BytesIO(body) if body and len(body) > _LARGE else body  # sent in pieces
+                async with self._open().request(
+                    method, url, data=data, headers=headers, allow_redirects=False
+                ) as response:
+                    if response.status < 500:
                         self.breaker.succeed()
                     yield response
-        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             self.breaker.fail()
             raise LostRequest(f"{self.url} cannot be reached: {error!s}", sent=False) from error
-        except httpx.InvalidURL as error:
+        except aiohttp.InvalidURL as error:
             raise ValueError(str(error)) from error
-        except httpx.HTTPError as error:
-            self.breaker.fail()
-            raise LostRequest(f"{self.url} broke off: {type(error).__name__} {error!s}", sent=True) from error
         except TimeoutError as error:
             self.breaker.fail()
             raise LostRequest(f"{self.url}: no answer within {seconds:.1f} s", sent=True) from error
+        except (aiohttp.ClientError, OSError) as error:
+            self.breaker.fail()
+            raise LostRequest(f"{self.url} broke off: {type(error).__name__} {error!s}", sent=True) from error
         finally:
             self.in_flight -= 1
             self.breaker.drop(probing)

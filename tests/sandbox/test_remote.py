@@ -99,6 +99,9 @@ async def test_sessions_as_embedded(server: Served) -> None:
             await session.write_file("d/é \udcff.bin", b"\x00\x01")
             assert await session.read_file("d/é \udcff.bin") == b"\x00\x01"
             assert [(info.path, info.size) for info in await session.list_files()] == [("d/é \udcff.bin", 2)]
+            large = bytes(range(256)) * 10_000
+            await session.write_file("large", large)
+            assert await session.read_file("large") == large
             for path, code in (("../x", "bad_path"), ("/x", "bad_path"), ("", "bad_path"), ("none", "no_file")):
                 with pytest.raises(SessionError) as refused:
                     await session.read_file(path)

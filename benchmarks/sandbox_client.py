@@ -1,0 +1,124 @@
+"""What `RemoteSandbox` costs its caller, two versions side by side: latency, and CPU time in the caller's process.
+
+    git worktree add ../before COMMIT
+    python -m benchmarks.sandbox_client ../before . --output benchmarks/sandbox_client.json
+
+Each version has a client process and a server of its own. They take turns: `print(1)` one after another, in a session
+and as one-shot runs, at once and after pauses. Written down: medians of the rounds, and of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from sandbox.bench import targets
+from sandbox.bench.load import percentile
+from sandbox.bench.main import machine
+from sandbox.loops import new_event_loop
+from sandbox.remote import RemoteSandbox
+
+CASES = {"session": 0.0, "session, pauses": 0.008, "one-shot": 0.0, "one-shot, pauses": 0.008}
+Row = dict[str, float]
+
+
+async def work(tier: str, count: int) -> None:
+    """The client of one version: for each case named on standard input, one line of figures."""
+    async with (
+        targets.server("--tier", tier, "--profile", "py-bare") as (url, _),
+        RemoteSandbox([url]) as box,
+        box.session() as session,
+    ):
+        print("ready", flush=True)
+        while name := (await asyncio.to_thread(sys.stdin.readline)).strip():
+            times, cpu = [], time.process_time()
+            for _ in range(count):
+                await asyncio.sleep(CASES[name])
+                started = time.perf_counter()
+                result = await (session if name.startswith("session") else box).exec("print(1)")
+                times.append(1e3 * (time.perf_counter() - started))
+                assert result.ok, result
+            row = {"p50_ms": percentile(times, 0.5), "cpu_ms": 1e3 * (time.process_time() - cpu) / count}
+            print(json.dumps(row), flush=True)
+
+
+class Client:
+    """The process that measures the version in `folder`."""
+
+    def __init__(self, folder: Path, tier: str, count: int) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--work", "--tier", tier, "--count", str(count)]
+        environment = {**os.environ, "PYTHONPATH": str(folder)}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        if self._line() != "ready":
+            raise SystemExit(f"{folder}: the client did not start")
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def measure(self, name: str) -> Row:
+        """One round of a case."""
+        assert self.process.stdin is not None
+        print(name, file=self.process.stdin, flush=True)
+        return dict(json.loads(self._line()))
+
+    def close(self) -> None:
+        """End it, and its server."""
+        self.process.communicate()
+
+
+def _medians(name: str, pairs: list[tuple[Row, Row]]) -> dict[str, Any]:
+    report: dict[str, Any] = {"case": name, "pause_s": CASES[name]}
+    for unit in ("p50_ms", "cpu_ms"):
+        first, second = ([pair[index][unit] for pair in pairs] for index in (0, 1))
+        report[unit] = {
+            "first": round(percentile(first, 0.5), 3),
+            "second": round(percentile(second, 0.5), 3),
+            "median_of_ratios": round(percentile([b / a for a, b in zip(first, second, strict=True)], 0.5), 3),
+        }
+    return report
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, help="two checkouts: before and after")
+    parser.add_argument("--tier", default="ns")
+    parser.add_argument("--count", type=int, default=150, help="executions of a round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(work(options.tier, options.count))
+        return
+    if len(options.folders) != 2:
+        parser.error("two checkouts are needed")
+    clients = [Client(folder.resolve(), options.tier, options.count) for folder in options.folders]
+    report: dict[str, Any] = {"host": machine(), "tier": options.tier, "count": options.count, "cases": []}
+    for name in CASES:
+        pairs = []
+        for number in range(options.rounds):
+            order = (0, 1) if number % 2 else (1, 0)
+            found = {index: clients[index].measure(name) for index in order}
+            pairs.append((found[0], found[1]))
+        report["cases"].append(_medians(name, pairs))
+        print(json.dumps(report["cases"][-1]), flush=True)
+    for client in clients:
+        client.close()
+    if options.output:
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
