@@ -3,7 +3,8 @@
     git worktree add ../before COMMIT
     python -m benchmarks.sandbox_pair ../before . --output benchmarks/sandbox_pair.json
 
-Both servers run at once; `print(1)` goes to them in turn, with a pause after each. Written down: p50, p90 and minimum
+Both servers run at once; `print(1)` goes to them in turn, with a pause after each, as one-shot runs or (`--session`) in
+a session of each. Written down: p50, p90 and minimum
 of each in milliseconds, the ratio of the medians, and the median of the ratios of neighbouring requests. Tier `uid`
 needs an interpreter that other users can read.
 """
@@ -24,7 +25,17 @@ from sandbox.bench.main import machine
 from sandbox.loops import new_event_loop
 
 
-async def measure(folders: list[Path], tier: str, count: int, pause_s: float) -> dict[str, Any]:
+async def _path(caller: Caller, session: bool) -> str:
+    """Where executions go; a session is opened for them."""
+    if not session:
+        return "/v1/exec"
+    status, _, body = await caller.post("/v1/sessions", {})
+    if status != 201:
+        raise SystemExit(f"no session: {body}")
+    return f"/v1/sessions/{body['id']}/exec"
+
+
+async def measure(folders: list[Path], tier: str, count: int, pause_s: float, session: bool) -> dict[str, Any]:
     """Alternating requests to a server of each folder."""
     times: list[list[float]] = [[], []]
     options = ("--tier", tier, "--profile", "py-bare")
@@ -33,7 +44,7 @@ async def measure(folders: list[Path], tier: str, count: int, pause_s: float) ->
         targets.server(*options, source=folders[1]) as (second, _),
     ):
         callers = [Caller(first), Caller(second)]
-        calls = [targets.native(caller) for caller in callers]
+        calls = [targets.native(caller, path=await _path(caller, session)) for caller in callers]
         for number in range(count):
             for index in (0, 1) if number % 2 else (1, 0):
                 started = time.perf_counter()
@@ -54,6 +65,7 @@ async def measure(folders: list[Path], tier: str, count: int, pause_s: float) ->
     ]
     return {
         "tier": tier,
+        "session": session,
         "first": figures[0],
         "second": figures[1],
         "ratio_of_p50": round(figures[1]["p50_ms"] / figures[0]["p50_ms"], 3),
@@ -68,6 +80,7 @@ def main() -> None:
     parser.add_argument("--tier", default="ns")
     parser.add_argument("--count", type=int, default=600, help="requests to each")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--session", action="store_true", help="execute in a session of each")
     parser.add_argument("--pause", type=float, default=0.008, help="seconds after each")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -75,7 +88,7 @@ def main() -> None:
     report: dict[str, Any] = {"host": machine(), "pause_s": options.pause, "count": options.count, "rounds": []}
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         for _ in range(options.rounds):
-            row = runner.run(measure(folders, options.tier, options.count, options.pause))
+            row = runner.run(measure(folders, options.tier, options.count, options.pause, options.session))
             print(json.dumps(row), flush=True)
             report["rounds"].append(row)
     if options.output:

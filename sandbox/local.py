@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sandbox.link import Link
 from sandbox.local_session import LocalSession
@@ -170,6 +170,33 @@ class LocalSandbox:
         What the code does is in the result; only our own failures raise (`SandboxUnavailable`, `SandboxInfraError`,
         `SandboxOverloaded`, `ConfinementUnavailable`).
         """
+        options = {"files": files, "fetch": list(fetch), "rich": rich, "owner": owner}
+        return decode_result(
+            await self.exec_fields(
+                code,
+                stdin=stdin,
+                limits=limits,
+                seed=seed,
+                idempotency_key=idempotency_key,
+                profile=profile,
+                deadline_s=deadline_s,
+                **options,
+            )
+        )
+
+    async def exec_fields(
+        self,
+        code: str,
+        *,
+        stdin: str = "",
+        limits: Limits | None = None,
+        seed: int = 0,
+        idempotency_key: str | None = None,
+        profile: str | None = None,
+        deadline_s: float | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """`exec` for a server: the result as JSON fields (`codec.result_fields`), as the supervisor wrote them."""
         message: dict[str, Any] = {
             "op": "exec",
             "code": code,
@@ -178,20 +205,15 @@ class LocalSandbox:
             "seed": seed,
             "key": idempotency_key,
         }
+        message.update({name: value for name, value in options.items() if value})
+        if files := message.get("files"):
+            message["files"] = {path: base64.b64encode(data).decode() for path, data in files.items()}
         if profile is not None:
             message["profile"] = profile
-        if files:
-            message["files"] = {path: base64.b64encode(data).decode() for path, data in files.items()}
-        if fetch:
-            message["fetch"] = list(fetch)
-        if rich:
-            message["rich"] = True
         if deadline_s is not None:
             message["deadline_s"] = deadline_s
-        if owner:
-            message["owner"] = owner
         reply = await self._ask(message, None if idempotency_key is not None else {"op": "cancel"})
-        return decode_result(reply["result"])
+        return cast("dict[str, Any]", reply["result"])
 
     def session(
         self,

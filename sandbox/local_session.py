@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from sandbox.link import Link
 from sandbox.results import decode_result
@@ -51,6 +51,13 @@ class LocalSession:
     ) -> ExecResult:
         """See `Session.exec`. A cancelled call interrupts the execution, unless `expect_step` says that somebody
         may come back for it."""
+        fields = await self.exec_fields(code, stdin=stdin, limits=limits, expect_step=expect_step, rich=rich)
+        return decode_result(fields)
+
+    async def exec_fields(
+        self, code: str, *, stdin: str, limits: Limits | None, expect_step: int | None, rich: bool
+    ) -> dict[str, Any]:
+        """`exec` for a server: the result as JSON fields (`codec.result_fields`), as the supervisor wrote them."""
         message: dict[str, Any] = {"op": "session.exec", "session": self.id, "code": code}
         if stdin:
             message["stdin"] = stdin
@@ -63,7 +70,7 @@ class LocalSession:
         if self._link.dead:
             raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
         cancel = {"op": "session.cancel", "session": self.id} if expect_step is None else None
-        return decode_result((await self._link.ask(message, cancel))["result"])
+        return cast("dict[str, Any]", (await self._link.ask(message, cancel))["result"])
 
     async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
         """See `Session.fork`."""

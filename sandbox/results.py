@@ -1,4 +1,4 @@
-"""Results and errors as JSON objects, and back: the same on the embedded socket and over HTTP."""
+"""Results and errors as they come out of the supervisor, and errors as they go in."""
 
 from __future__ import annotations
 
@@ -24,19 +24,9 @@ _PLAIN: dict[str, type[SandboxError]] = {
 }
 
 
-def encode_result(result: ExecResult) -> dict[str, Any]:
-    """Every field; files as base64."""
-    return {
-        **result.__dict__,
-        "status": result.status.value,
-        "exception": result.exception.__dict__ if result.exception else None,
-        "usage": result.usage.__dict__,
-        "files": {path: base64.b64encode(data).decode() for path, data in result.files.items()},
-    }
-
-
 def decode_result(fields: dict[str, Any]) -> ExecResult:
-    """Inverse of `encode_result`. Raises `SandboxProtocolError` when it is none."""
+    """Inverse of `codec.result_fields`, for what our own supervisor says. Raises `SandboxProtocolError` when it is
+    none."""
     try:
         exception = fields["exception"]
         changed = {

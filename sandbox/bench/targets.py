@@ -33,12 +33,12 @@ def embedded(box: LocalSandbox, profile: str | None = None) -> Call:
     return call
 
 
-def native(caller: Caller, profile: str | None = None) -> Call:
-    """`POST /v1/exec` of our own server."""
+def native(caller: Caller, profile: str | None = None, path: str = "/v1/exec") -> Call:
+    """`POST /v1/exec` of our own server, or the same of a session."""
     extra = {"profile": profile} if profile else {}
 
     async def call(code: str) -> str:
-        status, headers, body = await caller.post("/v1/exec", {"code": code, **extra})
+        status, headers, body = await caller.post(path, {"code": code, **extra})
         if status == 429:
             return f"refused:{headers['retry-after']}"
         return str(body["status"]) if status == 200 else f"http {status}"

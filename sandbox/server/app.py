@@ -51,13 +51,43 @@ def _endpoint(state: ServerState, route: Route) -> Any:
 
 
 class _Shortcut:
-    """Calls endpoints without parameters itself: what is asked most saves the way through routing and middleware."""
+    """Calls endpoints itself where one look finds them: most requests save the way through routing and middleware.
 
-    def __init__(self, app: FastAPI, endpoints: dict[tuple[str, str], Any]) -> None:
-        self._app, self._endpoints = app, endpoints
+    That is paths without parameters, and those whose only one is the third piece, such as a session's id.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._endpoints: dict[tuple[str, str], Any] = {}
+        self._with_name: dict[tuple[str, str, str], tuple[Any, str]] = {}
+
+    def add(self, method: str, path: str, endpoint: Any) -> None:
+        """A path that starts with `/`, in FastAPI's notation."""
+        kind, brace, rest = path.partition("{")
+        name, _, verb = rest.partition("}")
+        if not brace:
+            self._endpoints[method, path] = endpoint
+        elif kind.count("/") == 3 and "{" not in verb:
+            self._with_name[method, kind, verb] = endpoint, name
+
+    def _find(self, scope: Scope) -> Any:
+        method, path = scope["method"], scope["path"]
+        endpoint = self._endpoints.get((method, path))
+        if endpoint is not None:
+            return endpoint
+        pieces = path.split("/", 4)  # "", "v1", "sessions", id, verb
+        if len(pieces) < 4 or not pieces[3]:
+            return None
+        verb = f"/{pieces[4]}" if len(pieces) == 5 else ""
+        found = self._with_name.get((method, f"/{pieces[1]}/{pieces[2]}/", verb))
+        if found is None:
+            return None
+        endpoint, name = found
+        scope["path_params"] = {name: pieces[3]}
+        return endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        endpoint = self._endpoints.get((scope["method"], scope["path"]))
+        endpoint = self._find(scope)
         if endpoint is None:
             await self._app(scope, receive, send)
             return
@@ -68,16 +98,15 @@ class _Shortcut:
 def create_app(state: ServerState) -> Gate:
     """The ASGI application of one server."""
     app = FastAPI(title="retool sandbox", docs_url="/docs", redoc_url=None, openapi_url="/openapi.json")
-    endpoints = {}
+    shortcut = _Shortcut(app)
     for route in ROUTES:
         endpoint = _endpoint(state, route)
         app.router.add_route(route.path, endpoint, [route.method], include_in_schema=False)
-        if "{" not in route.path:
-            endpoints[route.method, route.path] = endpoint
+        shortcut.add(route.method, route.path, endpoint)
     app.add_exception_handler(HTTPException, _on_http)
     app.add_exception_handler(Exception, _on_mistake)
     app.openapi = functools.cache(lambda: describe(ROUTES, app.title))  # type: ignore[method-assign]
-    return Gate(_Shortcut(app, endpoints), state)
+    return Gate(shortcut, state)
 
 
 async def _on_http(request: Request, error: Exception) -> Response:

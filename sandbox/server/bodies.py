@@ -85,8 +85,11 @@ async def read_body(request: Request) -> bytes:
 
 async def _chunk(request: Request, seconds: float) -> Any:
     try:
-        async with asyncio.timeout(seconds):
+        if "retool.complete" in request.scope:  # nothing to wait for
             message = await request.receive()
+        else:
+            async with asyncio.timeout(seconds):
+                message = await request.receive()
     except TimeoutError:
         raise Refused(408, "invalid_request", "the request did not arrive in time", retryable=True) from None
     if message["type"] == "http.disconnect":

@@ -14,7 +14,8 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sandbox.codec import dumps, encode_bytes, error_fields, error_status
+from sandbox.codec import dumps, encode_bytes, error_fields, error_status, result_fields
+from sandbox.results import decode_result
 from sandbox.server.bodies import check, read_json, ticket
 from sandbox.server.execs import while_connected
 from sandbox.server.fusion_models import RunCodeRequest, RunJupyterRequest
@@ -118,7 +119,7 @@ async def _run_code(state: ServerState, request: Request, body: RunCodeRequest, 
         optional: dict[str, Any] = {"files": files} if files else {}
         if body.fetch_files:
             optional["fetch"] = body.fetch_files
-        result = await state.box.exec(
+        ended = await state.box.exec_fields(
             source, stdin=stdin if stdin is not None else body.stdin or "", limits=limits, **optional
         )
     except UnicodeEncodeError as error:
@@ -126,7 +127,8 @@ async def _run_code(state: ServerState, request: Request, body: RunCodeRequest, 
     except SandboxError as error:
         state.failed(error)
         return _failed(request, error, "run_result")
-    state.ended(result)
+    state.ended(ended)
+    result = decode_result(ended)
     fields = {
         "status": "Success" if result.ok else "Failed",
         "message": "",
@@ -186,7 +188,7 @@ async def _cells(state: ServerState, session: Session, body: RunJupyterRequest, 
         left = end - time.monotonic()
         wall = max(0.001, min(left, body.cell_timeout or left))
         result = await session.exec(code, limits=replace(limits, wall_s=wall), rich=True)
-        state.ended(result)
+        state.ended(result_fields(result))
         results.append(result)
         if not result.alive or result.status in _TIME:
             break

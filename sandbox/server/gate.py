@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandbox.server.bodies import Ticket
-from sandbox.server.replies import JSON, Refused, Reply, internal_error, overloaded
+from sandbox.server.replies import Refused, internal_error, overloaded
 from sandbox.server.state import ServerState
 from sandbox.server.tokens import ANONYMOUS
 
@@ -94,22 +94,8 @@ class Gate:
         except Exception as error:
             log.exception("request %s %s failed", ticket.number, scope["path"].encode("ascii", "replace").decode())
             if not started:
-                await answer(internal_error(type(error).__name__), send)
+                await internal_error(type(error).__name__).response().send(send)
 
     async def _refuse(self, refused: Refused, send: Send) -> None:
         self.state.refuse(refused.fields["code"])
-        await answer(refused.reply(), send)
-
-
-async def answer(reply: Reply, send: Send) -> None:
-    """Send a whole answer."""
-    headers: list[tuple[bytes, bytes]] = [
-        (b"content-type", JSON.encode()),
-        (b"content-length", str(len(reply.body)).encode()),
-    ]
-    if reply.retry_after:
-        headers.append((b"retry-after", str(max(1, round(reply.retry_after + 0.49))).encode()))
-    if reply.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await send({"type": "http.response.body", "body": reply.body})
+        await refused.reply().response().send(send)

@@ -48,7 +48,7 @@ class Health:
         state = self.state
         try:
             async with asyncio.timeout(PROBE_S):
-                result = await state.execute(ExecRequest(code=_CODE))
+                fields = await state.execute(ExecRequest(code=_CODE))
         except SandboxOverloaded:
             return _healthy("busy")
         except TimeoutError:
@@ -57,9 +57,9 @@ class Health:
             return error_reply(SandboxUnavailable(f"no execution within {PROBE_S:g} s"))
         except SandboxError as error:
             return error_reply(error)
-        if result.status is Status.OK and result.stdout == "42\n":
+        if fields["status"] == Status.OK and fields["stdout"] == "42\n":
             return _healthy("ok")
-        return error_reply(SandboxUnavailable(f"the probe ended with {result.status}: {result.stderr[:200]!r}"))
+        return error_reply(SandboxUnavailable(f"the probe ended with {fields['status']}: {fields['stderr'][:200]!r}"))
 
 
 def _healthy(word: str) -> Reply:

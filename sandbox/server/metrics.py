@@ -1,11 +1,14 @@
-"""Prometheus metrics. Counters move where things happen; gauges are read from the sandbox at each scrape."""
+"""Prometheus metrics. Counters move where things happen, executions' a moment later; gauges are read from the sandbox
+at each scrape."""
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+_LATER_S = 0.2
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -29,6 +32,20 @@ class Metrics:
         self.supervisor_restarts = self._gauge("supervisor_restarts", "Restarts of the supervisor")
         self.draining = self._gauge("draining", "1 while the server ends")
         self.info = Gauge("retool_sandbox_info", "Always 1", ["tier", "profile"], registry=self.registry)
+        self._ended: list[tuple[str, dict[str, float]]] = []
+
+    def ended(self, status: str, usage: dict[str, float]) -> None:
+        """Count an execution, together with others of the same moment: nobody's answer waits for that."""
+        if not self._ended:
+            asyncio.get_running_loop().call_later(_LATER_S, self._count_ended)
+        self._ended.append((status, usage))
+
+    def _count_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        for status, usage in ended:
+            self.outcomes.labels(status).inc()
+            self.run_s.observe(usage["wall_ms"] / 1e3)
+            self.queue_s.observe(usage["queue_ms"] / 1e3)
 
     def _counter(self, name: str, text: str, label: str) -> Counter:
         return Counter(f"retool_sandbox_{name}", text, [label], registry=self.registry)
@@ -41,6 +58,7 @@ class Metrics:
 
     def render(self, stats: dict[str, Any], tier: str, profile: str) -> bytes:
         """The exposition text, with gauges taken from `stats` (`Sandbox.stats`)."""
+        self._count_ended()
         named = {
             "waiting": self.queued,
             "running": self.running,

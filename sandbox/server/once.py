@@ -34,7 +34,6 @@ class Once:
         self._entries: OrderedDict[tuple[str, str, str], _Entry] = OrderedDict()
         self._bytes = 0
         self._keyed = 0
-        self._apart: set[asyncio.Task[Reply]] = set()
         self.hits = 0
 
     async def run(
@@ -57,17 +56,10 @@ class Once:
             self.hits += 1
         return await asyncio.shield(entry.task)
 
-    async def apart(self, work: Callable[[], Coroutine[Any, Any, Reply]]) -> Reply:
-        """The answer of `work`, which goes on when the caller is cancelled; nothing is remembered."""
-        task = asyncio.ensure_future(work())
-        self._apart.add(task)
-        task.add_done_callback(self._apart.discard)
-        return await asyncio.shield(task)
-
     @property
     def running(self) -> int:
         """Work under way, whether or not anybody waits for it."""
-        return self._keyed + len(self._apart)
+        return self._keyed
 
     def _finished(self, key: tuple[str, str, str], task: asyncio.Task[Reply]) -> None:
         self._keyed -= 1

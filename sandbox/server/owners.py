@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+from sandbox.local_session import LocalSession
 from sandbox.types import Session, SessionError
 
 _KEEP_S = 900.0
@@ -15,7 +16,7 @@ class Owned:
     """A session and what its server remembers: `step` of its last execution."""
 
     owner: str
-    session: Session
+    session: LocalSession
     ttl_s: float
     step: int = 0
     used: float = field(default_factory=time.monotonic)
@@ -32,6 +33,7 @@ class Owners:
     def add(self, owner: str, session: Session, ttl_s: float, step: int = 0) -> Owned:
         """Remember a new session."""
         self._sweep()
+        assert isinstance(session, LocalSession)  # a server has an embedded sandbox
         owned = self._sessions[session.id] = Owned(owner, session, ttl_s, step)
         return owned
 

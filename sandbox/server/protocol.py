@@ -56,7 +56,8 @@ class Client:
 
 
 class JoiningProtocol(HttpToolsProtocol):
-    """For `uvicorn.Config(http=...)`. A request's scope holds its `Client` as `retool.client`."""
+    """For `uvicorn.Config(http=...)`. A request's scope holds its `Client` as `retool.client`, and `retool.complete`
+    once all of it has come."""
 
     def connection_made(self, transport: Any) -> None:
         """asyncio's."""
@@ -67,6 +68,11 @@ class JoiningProtocol(HttpToolsProtocol):
         """httptools'."""
         super().on_message_begin()
         self.scope["retool.client"] = self.peer  # type: ignore[typeddict-unknown-key]
+
+    def on_message_complete(self) -> None:
+        """httptools'."""
+        super().on_message_complete()
+        self.scope["retool.complete"] = True  # type: ignore[typeddict-unknown-key]
 
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's."""

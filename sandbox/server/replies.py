@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
-from sandbox.codec import dumps, error_fields, error_status, result_fields
-from sandbox.types import ExecResult, SandboxError, SandboxOverloaded, Status
+from sandbox.codec import dumps, error_fields, error_status
+from sandbox.types import SandboxError, SandboxOverloaded, Status
 
 JSON = "application/json"
+_CONTENT_TYPE = (b"content-type", JSON.encode())
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,30 @@ class Reply:
     done: bool = True
     retry_after: float = 0.0
 
-    def response(self) -> Response:
+    def response(self) -> Answer:
         """As an HTTP response."""
-        headers = {"Retry-After": str(max(1, math.ceil(self.retry_after)))} if self.retry_after else None
-        return Response(self.body, self.status, headers, JSON)
+        return Answer(self)
+
+
+class Answer(Response):
+    """A `Reply` on its way: a Starlette response without what a whole body of JSON has no use for."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.status_code, self.body, self.background = reply.status, reply.body, None
+        self.raw_headers = [_CONTENT_TYPE, (b"content-length", b"%d" % len(reply.body))]
+        if reply.retry_after:
+            self.raw_headers.append((b"retry-after", b"%d" % max(1, math.ceil(reply.retry_after))))
+        if reply.status == 401:
+            self.raw_headers.append((b"www-authenticate", b"Bearer"))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        await self.send(send)
+
+    async def send(self, send: Send) -> None:
+        """The whole answer."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self.body})
 
 
 class Refused(Exception):
@@ -51,12 +73,11 @@ def overloaded(message: str, wait: float) -> Refused:
     return Refused(429, SandboxOverloaded.code, message, "overload", retryable=True, wait=max(0.05, wait))
 
 
-def result_reply(result: ExecResult) -> Reply:
+def result_reply(fields: dict[str, Any]) -> Reply:
     """200 for everything the code did; 422 with the result and an error for code that was never run."""
-    fields = result_fields(result)
-    if result.status is not Status.REJECTED:
+    if fields["status"] != Status.REJECTED:
         return Reply(200, dumps(fields))
-    error = {"code": "rejected", "message": result.stderr, "retryable": False, "class": "request"}
+    error = {"code": "rejected", "message": fields["stderr"], "retryable": False, "class": "request"}
     return Reply(422, dumps({**fields, "error": error}))
 
 

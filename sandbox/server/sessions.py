@@ -41,8 +41,8 @@ async def _once(state: ServerState, request: Request, key: str | None, body: Str
     """`work`, exactly once when there is a key. It is never cut off half-way: a session must not be left in a state
     that nobody can know."""
     if key is None:
-        return (await state.once.apart(lambda: _guarded(state, work))).response()
-    name = (ticket(request).owner, request.url.path, key)
+        return (await _guarded(state, work)).response()
+    name = (ticket(request).owner, request.scope["path"], key)
     mark = fingerprint(*body.model_copy(update={"idempotency_key": None}))
     return (await state.once.run(name, mark, lambda: _guarded(state, work))).response()
 
@@ -97,12 +97,12 @@ async def exec_in_session(state: ServerState, request: Request) -> Response:
     key = idempotency_key(request, body.idempotency_key)
 
     async def work() -> Reply:
-        result = await owned.session.exec(
+        fields = await owned.session.exec_fields(
             body.code, stdin=body.stdin, limits=limits, expect_step=body.expect_step, rich=body.rich
         )
-        state.ended(result)
-        owned.step = max(owned.step, result.step)
-        return result_reply(result)
+        state.ended(fields)
+        owned.step = max(owned.step, fields["step"])
+        return result_reply(fields)
 
     return await _once(state, request, key, body, work)
 

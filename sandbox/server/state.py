@@ -16,7 +16,7 @@ from sandbox.server.options import ServeOptions
 from sandbox.server.owners import Owners
 from sandbox.server.replies import Refused, Reply, error_reply, overloaded, result_reply
 from sandbox.server.tokens import Tokens
-from sandbox.types import ExecResult, Limits, SandboxError, SandboxOverloaded, SessionError, Status
+from sandbox.types import Limits, SandboxError, SandboxOverloaded, SessionError, Status
 
 MAX_HELD_BYTES = 512 * 1024 * 1024
 """Request bytes in memory at once; more is refused with 429."""
@@ -86,8 +86,9 @@ class ServerState:
 
     # --- running ------------------------------------------------------------------------------------------------
 
-    async def execute(self, request: ExecRequest, arrived: float | None = None, owner: str = "") -> ExecResult:
-        """Run one request. `arrived`: monotonic time from which its deadline counts. `owner`: whose turn it takes.
+    async def execute(self, request: ExecRequest, arrived: float | None = None, owner: str = "") -> dict[str, Any]:
+        """The fields of the result. `arrived`: monotonic time from which its deadline counts. `owner`: whose turn it
+        takes.
 
         Raises `SandboxError` and `Refused`.
         """
@@ -103,12 +104,12 @@ class ServerState:
             if getattr(request, name):
                 optional[name] = getattr(request, name)
         try:
-            result = await self.box.exec(request.code, stdin=request.stdin, seed=request.seed, **optional)
+            fields = await self.box.exec_fields(request.code, stdin=request.stdin, seed=request.seed, **optional)
         except SandboxError as error:
             self.failed(error)
             raise
-        self.ended(result)
-        return result
+        self.ended(fields)
+        return fields
 
     def failed(self, error: SandboxError) -> None:
         """Count a failure that is not the code's; what a session refuses is an answer, not a failure."""
@@ -117,14 +118,12 @@ class ServerState:
         elif not isinstance(error, SessionError):
             self.metrics.infra.labels(error.code).inc()
 
-    def ended(self, result: ExecResult) -> None:
-        """Count an execution."""
-        metrics, usage = self.metrics, result.usage
-        metrics.outcomes.labels(result.status.value).inc()
-        metrics.run_s.observe(usage.wall_ms / 1e3)
-        metrics.queue_s.observe(usage.queue_ms / 1e3)
-        self._typical_s += 0.05 * (usage.wall_ms / 1e3 + _OVERHEAD_S - self._typical_s)
-        if result.status is not Status.REJECTED:
+    def ended(self, fields: dict[str, Any]) -> None:
+        """Count an execution, by the fields of its result."""
+        status, usage = fields["status"], fields["usage"]
+        self.metrics.ended(status, usage)
+        self._typical_s += 0.05 * (usage["wall_ms"] / 1e3 + _OVERHEAD_S - self._typical_s)
+        if status != Status.REJECTED:
             self.last_success = time.monotonic()
 
     async def answer(self, request: ExecRequest, arrived: float | None = None, owner: str = "") -> Reply:

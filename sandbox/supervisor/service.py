@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import paths
+from sandbox.codec import result_fields
 from sandbox.profiles import AUTO
-from sandbox.results import encode_error, encode_result
+from sandbox.results import encode_error
 from sandbox.supervisor import cgroups
 from sandbox.supervisor.admission import Admission as Slots
 from sandbox.supervisor.cgroups import Groups
@@ -206,7 +207,7 @@ class Service:
         self.counts["executions"] += 1
         self.counts[f"status:{result.status.value}"] += 1
         size = len(result.stdout) + len(result.stderr) + sum(len(data) for data in result.files.values()) + 1024
-        return {"result": encode_result(result)}, size
+        return {"result": result_fields(result)}, size
 
     async def _admit(self, request: dict[str, Any], handle: int) -> ExecResult:
         limits = Limits(**request["limits"])

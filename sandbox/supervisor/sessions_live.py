@@ -269,10 +269,10 @@ class LiveSession:
             "exit_code": outcome.exit_code,
             "signal": outcome.signal,
             "usage": {
-                "wall_ms": 1e3 * (time.monotonic() - step.started),
-                "cpu_ms": 1e3 * step.cpu_s,
-                "queue_ms": 1e3 * (step.started - step.asked),
-                "max_rss_mb": rss_kib / 1024,
+                "wall_ms": round(1e3 * (time.monotonic() - step.started), 3),
+                "cpu_ms": round(1e3 * step.cpu_s, 3),
+                "queue_ms": round(1e3 * (step.started - step.asked), 3),
+                "max_rss_mb": round(rss_kib / 1024, 3),
             },
             "truncated": output.stdout.truncated or output.stderr.truncated,
             "digest": digest(*inputs, outcome.status.value, code, stdout, stderr, trace),
@@ -280,6 +280,7 @@ class LiveSession:
             "isolation": unit.tier.name,
             "profile": profile,
             "display": display,
+            "files": {},
             "step": step.number,
             "alive": not self.ended,
         }

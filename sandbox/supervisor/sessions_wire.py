@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from sandbox import paths
-from sandbox.results import encode_error, encode_result
+from sandbox.codec import result_fields
+from sandbox.results import encode_error
 from sandbox.supervisor.idempotency import IdempotencyStore
 from sandbox.supervisor.sessions import Sessions, describe, lease
 from sandbox.supervisor.sessions_live import Reply, Request
@@ -56,7 +57,7 @@ class SessionRequests:
             request = Request(message["code"], message.get("stdin", ""), chosen, bool(message.get("rich")))
             reason = self._refusal(request)
             if reason:
-                reply({"result": encode_result(self.sessions.refuse(ident, request, reason))})
+                reply({"result": result_fields(self.sessions.refuse(ident, request, reason))})
             else:
                 session.execute(request, message.get("expect_step"), reply)
         except SandboxError as error:

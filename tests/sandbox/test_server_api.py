@@ -183,6 +183,11 @@ def test_unknown_paths_and_methods_are_json_too(http: httpx.Client) -> None:
     refusal(http.get("/v1/exec"), 405, "method_not_allowed")
     refusal(http.patch("/v1/exec"), 405, "method_not_allowed")
     refusal(http.get("/v1/sessions/" + "0" * 32), 404, "no_session")
+    refusal(http.post("/v1/sessions/" + "0" * 32 + "/exec", json={"code": "1"}), 404, "no_session")
+    refusal(http.delete("/v1/snapshots/x"), 404, "no_snapshot")
+    refusal(http.get("/v1/sessions/x/exec"), 405, "method_not_allowed")
+    for path in ("/v1/sessions//exec", "/v1/sessions/x/nope", "/v1/sessions/a%2Fb/exec", "/v2/sessions/x/exec"):
+        refusal(http.post(path, json={"code": "1"}), 404, "not_found")
 
 
 def test_health_is_an_execution_and_cannot_be_used_to_overload(http: httpx.Client) -> None:

@@ -238,6 +238,20 @@ def test_a_client_that_leaves_ends_its_execution_unless_it_has_a_key() -> None:
         assert stats(http)["executions"] == before + 1, "once, whoever asked"
 
 
+def test_a_client_that_leaves_does_not_cut_off_what_its_session_does() -> None:
+    with served("--wall", "30") as server, server.client() as http:
+        path = f"/v1/sessions/{http.post('/v1/sessions', json={}).json()['id']}/exec"
+        data = json.dumps({"code": "import time; time.sleep(1); x = 41"}).encode()
+        with socket.create_connection(server.address) as link:
+            head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+            link.sendall(head.encode() + data)
+            assert eventually(lambda: stats(http)["server"]["load"] == 1)
+        assert http.post(path, json={"code": "1"}).json()["error"]["code"] == "busy"
+        assert eventually(lambda: stats(http)["server"]["load"] == 0)
+        answer = http.post(path, json={"code": "x + 1"}).json()
+        assert (answer["stdout"], answer["step"]) == ("42\n", 2)
+
+
 # --- deaths ----------------------------------------------------------------------------------------------------------
 
 
