@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 from retool.console import console, table
 from retool.errors import UserError
 from retool.files import write_json
-from sandbox.bench.main import Options, measure
+from sandbox.bench.main import Options, machine, measure
 from sandbox.loops import new_event_loop
 from sandbox.profiles import AUTO, available
 from sandbox.tiers import BY_NAME
 
+_SAME = ("machine", "cores", "kernel", "python")
 _HEADER = ["where", "callers", "per second", "p50 ms", "p95 ms", "p99 ms", "not ok"]
 
 
@@ -48,6 +50,28 @@ def _print(report: dict[str, Any]) -> None:
         )
     if found := report.get("sessions"):
         console.print_json(data=found)
+    speed = ", ".join(f"{part} {before:g} and {after:g}" for part, (before, after) in report["speed"].items())
+    console.print(f"a cold `python -c pass` before and after each part, ms: {speed}")
+
+
+def _earlier(output: Path | None, seconds: float) -> dict[str, Any]:
+    """The report in `output`, measured on a machine as this one; nothing where there is none."""
+    if output is None:
+        raise UserError("--update: name the report with --output")
+    if not output.exists():
+        return {}
+    try:
+        found = json.loads(output.read_bytes())
+        there = {name: found["host"][name] for name in _SAME}
+        steps = found["seconds"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--update: {output} is no report of this command ({error!r:.200})") from None
+    here = {name: value for name, value in machine().items() if name in _SAME}
+    if there != here or steps != seconds:
+        raise UserError(
+            f"--update: {output} was measured with --seconds {steps} on {there}, this is {seconds} on {here}"
+        )
+    return dict(found)
 
 
 def bench(
@@ -57,9 +81,12 @@ def bench(
     parts: list[str],
     versus: str,
     output: Path | None,
+    update: bool,
     quick: bool,
 ) -> int:
-    """Measure and print. Raises `UserError` for a tier, profile or part that does not exist."""
+    """Measure and print. Raises `UserError` for a tier, profile or part that does not exist, and for a report that
+    cannot be updated."""
+    earlier = _earlier(output, seconds) if update else {}
     known = {"tier": [*BY_NAME], "profile": [*available(), AUTO], "part": [*Options.parts]}
     for name, values in (("tier", [tier] if tier else []), ("profile", profiles), ("part", parts)):
         for value in values:
@@ -75,6 +102,6 @@ def bench(
         raise UserError(f"the measurement stopped: {error}") from None
     _print(report)
     if output is not None:
-        write_json(output, report)
+        write_json(output, {**earlier, **report, "speed": {**earlier.get("speed", {}), **report["speed"]}})
         console.print(f"written to {output}", markup=False)
     return 0

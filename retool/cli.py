@@ -307,15 +307,18 @@ def sandbox_bench(
     part: Annotated[list[str] | None, typer.Option(help="Measure only this part (repeatable).")] = None,
     vs: Annotated[str, typer.Option(help="URL of another server with SandboxFusion's API, for a comparison.")] = "",
     output: Annotated[Path | None, typer.Option(help="Write everything as JSON.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Keep the other parts of an earlier --output.")] = False,
     quick: Annotated[bool, typer.Option(help="Fewer repetitions: a smoke test, not a measurement.")] = False,
 ) -> None:
     """Measure the sandbox on this machine: throughput, latency, sessions, overload, beside a cold Python.
 
-    Parts: embedded, http, sessions, snippets, overload. The machine should be quiet; its load is reported.
+    Parts: embedded, http, sessions, snippets, overload. The machine should be quiet; its load is reported, and how long
+    a cold Python takes before and after each part. Where others make the machine slow, measure parts again at better
+    moments: --part sessions --update --output FILE.
     """
     from retool.bench_command import bench
 
-    raise typer.Exit(bench(seconds, tier, profile or [], part or [], vs, output, quick))
+    raise typer.Exit(bench(seconds, tier, profile or [], part or [], vs, output, update, quick))
 
 
 @sandbox_app.command("attack")

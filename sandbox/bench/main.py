@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +15,7 @@ from sandbox.bench import oneshot, state, targets
 from sandbox.bench.http import Caller
 from sandbox.bench.load import closed_loop, percentile
 from sandbox.local import LocalSandbox
+from sandbox.supervisor.settings import CLEAN_ENVIRONMENT
 from sandbox.types import Limits
 
 _PATIENT = Limits(wall_s=60, cpu_s=30)
@@ -108,28 +112,46 @@ async def _peers(options: Options) -> list[dict[str, Any]]:
     return rows
 
 
-async def measure(options: Options, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Everything that `options.parts` names; `tell` hears what is going on. Raises `SandboxError`, `RuntimeError`."""
-    report: dict[str, Any] = {"host": machine(), "seconds": options.seconds}
-    for profile in options.profiles:
-        if "embedded" in options.parts:
-            tell(f"embedded, {profile}")
-            report.setdefault("embedded", []).append(await _embedded(options, profile))
-        if "http" in options.parts:
-            tell(f"over HTTP, {profile}")
-            report.setdefault("http", []).append(await _http(options, profile))
-    if "sessions" in options.parts:
-        tell("sessions")
-        async with LocalSandbox("auto", _PATIENT, tier=options.tier) as box:
-            report["sessions"] = await state.measure(box, options.quick)
-    if "snippets" in options.parts:
-        tell("snippets, and a cold Python beside them")
-        report["snippets"] = await _snippets(options)
-    if "overload" in options.parts:
-        tell("overload")
-        report["overload"] = await _overload(options)
-    if "http" in options.parts:
+async def _sessions(options: Options) -> dict[str, Any]:
+    async with LocalSandbox("auto", _PATIENT, tier=options.tier) as box:
+        return await state.measure(box, options.quick)
+
+
+async def _part(part: str, options: Options, tell: Callable[[str], None]) -> dict[str, Any]:
+    """What a part adds to the report."""
+    if part in ("embedded", "http"):
+        rows = []
+        for profile in options.profiles:
+            tell(f"{part}, {profile}")
+            rows.append(await (_embedded if part == "embedded" else _http)(options, profile))
+        if part == "embedded":
+            return {part: rows}
         tell("peers")
-        report["peers"] = await _peers(options)
+        return {part: rows, "peers": await _peers(options)}
+    tell(part)
+    measured = {"sessions": _sessions, "snippets": _snippets, "overload": _overload}[part]
+    return {part: await measured(options)}
+
+
+def cold_start_ms(count: int = 21) -> float:
+    """Median milliseconds from starting `python -c pass` to its end, one after another: how fast the machine is now."""
+    times = []
+    for _ in range(count):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "pass"], env=CLEAN_ENVIRONMENT, check=True, stdin=subprocess.DEVNULL)
+        times.append(1e3 * (time.perf_counter() - started))
+    return round(percentile(times, 0.5), 2)
+
+
+async def measure(options: Options, tell: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Everything that `options.parts` names; `tell` hears what is going on. Raises `SandboxError`, `RuntimeError`.
+
+    `speed`: for each part `cold_start_ms` before and after it. A machine that others use is fast and slow by turns.
+    """
+    report: dict[str, Any] = {"host": machine(), "seconds": options.seconds, "speed": {}}
+    for part in options.parts:
+        before = cold_start_ms()
+        report |= await _part(part, options, tell)
+        report["speed"][part] = [before, cold_start_ms()]
     report["host"]["load_after"] = round(os.getloadavg()[0], 2)
     return report

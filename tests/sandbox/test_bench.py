@@ -1,0 +1,54 @@
+"""`retool sandbox bench`: parts measured at different times in one report, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sandbox.serving import ROOT
+
+
+def bench(*options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "retool", "sandbox", "bench", *options], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_parts_are_measured_one_at_a_time_and_kept(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    common = ("--quick", "--seconds", "0.5", "--output", str(report), "--update")
+    first = bench("--part", "overload", *common)
+    assert first.returncode == 0, first.stderr
+    earlier = json.loads(report.read_bytes())
+    assert earlier["overload"]["peak"]["ok"] > 0 and set(earlier["overload"]["overload"]["other"]) <= {"refused"}
+    assert list(earlier["speed"]) == ["overload"] and min(earlier["speed"]["overload"]) > 0
+    second = bench("--part", "sessions", *common)
+    assert second.returncode == 0, second.stderr
+    both = json.loads(report.read_bytes())
+    assert both["overload"] == earlier["overload"] and both["speed"]["overload"] == earlier["speed"]["overload"]
+    assert 0 < both["sessions"]["exec"]["p50_ms"] <= both["sessions"]["exec"]["p95_ms"]
+    assert 0 < both["sessions"]["idle"]["private_dirty_mib_each"] < 100
+    other = bench("--part", "sessions", "--quick", "--seconds", "1", "--output", str(report), "--update")
+    assert other.returncode == 2 and "--seconds 0.5" in other.stderr
+    assert json.loads(report.read_bytes()) == both
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--update"], "--output"),
+        (["--update", "--output", "{nonsense}"], "no report of this command"),
+        (["--part", "lunch"], "choose from embedded, http"),
+        (["--tier", "best"], "choose from ns"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_a_line(options: list[str], words: str, tmp_path: Path) -> None:
+    nonsense = tmp_path / "nonsense.json"
+    nonsense.write_text("{}")
+    found = bench(*(option.format(nonsense=nonsense) for option in options))
+    assert found.returncode == 2
+    assert words in found.stderr and "Traceback" not in found.stderr
