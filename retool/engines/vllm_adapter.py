@@ -12,7 +12,9 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import aiohttp
 import httpx
+from httpx_aiohttp import AiohttpTransport
 
 from retool.engines.base import EngineError, Sampling
 from retool.errors import UserError
@@ -24,6 +26,8 @@ How = Literal["file", "reload", "adapter", "nccl", "gloo", "ipc"]
 _COLDEST = 0.01  # vLLM silently raises lower temperatures to this
 _FLOOR = -9998.0  # vLLM writes -9999 for minus infinity
 _SOON_S = 30.0
+_BROKEN = (httpx.HTTPError, aiohttp.ClientError)  # aiohttp's transport lets some of its own through
+_DROPPED = (httpx.RemoteProtocolError, httpx.ConnectTimeout)  # the second is what aiohttp's transport makes of it
 
 
 class ServerRefused(EngineError, UserError):
@@ -142,6 +146,13 @@ def parse_choice(choice: Mapping[str, Any]) -> Chunk:
     return Chunk(ids, tuple(min(x, 0.0) for x in logprobs), choice.get("finish_reason"))
 
 
+def _connections(socket: str | None) -> aiohttp.ClientSession:
+    """As many as there are turns. aiohttp's: with httpx's own a streamed token takes several times the CPU time."""
+    if socket is None:
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(connector=aiohttp.UnixConnector(socket, limit=0))
+
+
 class Server:
     """One vLLM server at `url` (`http://...` or `unix:/path`). Everything raises `ServerLost` when it does not answer
     and `ServerRefused` when it says no. `silence_s`: longest pause within a turn. `transport`: httpx's, for tests."""
@@ -149,11 +160,10 @@ class Server:
     def __init__(self, url: str, silence_s: float = 600.0, transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.url = url
         timeout = httpx.Timeout(30.0, read=silence_s, pool=None)
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         socket = url.removeprefix("unix:") if url.startswith("unix:") else None
         self._client = httpx.AsyncClient(
             base_url=url if socket is None else "http://vllm",
-            transport=transport or httpx.AsyncHTTPTransport(uds=socket, limits=limits),
+            transport=transport or AiohttpTransport(client=lambda: _connections(socket)),
             timeout=timeout,
         )
 
@@ -204,14 +214,17 @@ class Server:
                     await response.aread()
                     self._raise(response)
                 yield self._chunks(response)
-        except httpx.HTTPError as error:
+        except _BROKEN as error:
             raise ServerLost(f"{self.url}: {type(error).__name__}: {error}") from error
 
     async def _chunks(self, response: httpx.Response) -> AsyncIterator[Chunk]:
-        async for line in response.aiter_lines():
-            chunk = parse_event(line)
-            if chunk is not None:
-                yield chunk
+        rest = b""
+        async for data in response.aiter_raw():
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                chunk = parse_event(line.decode(errors="replace"))
+                if chunk is not None:
+                    yield chunk
 
     async def sleep(self, level: int) -> None:
         """Give its GPU memory back until `load` wakes it. `level`: 1 keeps the weights in main memory, 2 forgets them.
@@ -306,11 +319,11 @@ class Server:
         try:
             try:
                 response = await self._client.request(method, path, **content)
-            except httpx.RemoteProtocolError:  # the server closed an idle connection; a resume may come twice
+            except _DROPPED:  # the server closed an idle connection; a resume may come twice
                 if method != "GET" and path != "/resume":
                     raise
                 response = await self._client.request(method, path, **content)
-        except httpx.HTTPError as error:
+        except _BROKEN as error:
             raise ServerLost(f"{self.url}{path}: {type(error).__name__}: {error}") from error
         if response.status_code == 404:
             raise ServerRefused(
