@@ -1,10 +1,11 @@
-"""What `RemoteSandbox` costs its caller, two versions side by side: latency, and CPU time in the caller's process.
+"""What `RemoteSandbox` costs its caller, two versions side by side: latency, rate, CPU time in the caller's process.
 
     git worktree add ../before COMMIT
     python -m benchmarks.sandbox_client ../before . --output benchmarks/sandbox_client.json
 
 Each version has a client process and a server of its own. They take turns: `print(1)` one after another, in a session
-and as one-shot runs, at once and after pauses. Written down: medians of the rounds, and of the rounds' ratios.
+and as one-shot runs, at once and after pauses; and in 32 sessions at the same time, as a trainer's rollouts would.
+Written down: medians of the rounds, and of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -24,9 +25,22 @@ from sandbox.bench.load import percentile
 from sandbox.bench.main import machine
 from sandbox.loops import new_event_loop
 from sandbox.remote import RemoteSandbox
+from sandbox.types import Session
 
-CASES = {"session": 0.0, "session, pauses": 0.008, "one-shot": 0.0, "one-shot, pauses": 0.008}
+CASES = {"session": 0.0, "session, pauses": 0.008, "one-shot": 0.0, "one-shot, pauses": 0.008, "sessions": 0.0}
+"""Seconds of pause before each execution."""
+_SESSIONS = 32
 Row = dict[str, float]
+
+
+async def calls(interpreter: Session | RemoteSandbox, count: int, pause_s: float, times: list[float]) -> None:
+    """So many executions, one after another; their milliseconds go into `times`."""
+    for _ in range(count):
+        await asyncio.sleep(pause_s)
+        started = time.perf_counter()
+        result = await interpreter.exec("print(1)")
+        times.append(1e3 * (time.perf_counter() - started))
+        assert result.ok, result
 
 
 async def work(tier: str, count: int) -> None:
@@ -34,18 +48,16 @@ async def work(tier: str, count: int) -> None:
     async with (
         targets.server("--tier", tier, "--profile", "py-bare") as (url, _),
         RemoteSandbox([url]) as box,
-        box.session() as session,
     ):
+        sessions = [await box.session() for _ in range(_SESSIONS)]
         print("ready", flush=True)
         while name := (await asyncio.to_thread(sys.stdin.readline)).strip():
-            times, cpu = [], time.process_time()
-            for _ in range(count):
-                await asyncio.sleep(CASES[name])
-                started = time.perf_counter()
-                result = await (session if name.startswith("session") else box).exec("print(1)")
-                times.append(1e3 * (time.perf_counter() - started))
-                assert result.ok, result
-            row = {"p50_ms": percentile(times, 0.5), "cpu_ms": 1e3 * (time.process_time() - cpu) / count}
+            interpreters = sessions if name == "sessions" else [box if name.startswith("one") else sessions[0]]
+            times: list[float] = []
+            started, cpu = time.perf_counter(), time.process_time()
+            await asyncio.gather(*(calls(each, count, CASES[name], times) for each in interpreters))
+            seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+            row = {"p50_ms": percentile(times, 0.5), "per_s": len(times) / seconds, "cpu_ms": 1e3 * cpu / len(times)}
             print(json.dumps(row), flush=True)
 
 
@@ -78,7 +90,7 @@ class Client:
 
 def _medians(name: str, pairs: list[tuple[Row, Row]]) -> dict[str, Any]:
     report: dict[str, Any] = {"case": name, "pause_s": CASES[name]}
-    for unit in ("p50_ms", "cpu_ms"):
+    for unit in ("p50_ms", "per_s", "cpu_ms"):
         first, second = ([pair[index][unit] for pair in pairs] for index in (0, 1))
         report[unit] = {
             "first": round(percentile(first, 0.5), 3),
