@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -169,6 +170,27 @@ async def test_a_connection_that_was_closed_while_idle_is_no_failure_of_a_questi
         for _ in range(4):
             assert await client.weight_version() == "7"
             await client._post("/resume")
+
+
+async def test_a_connection_is_not_used_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would have closed it, unseen while the event loop stands still."""
+    monkeypatch.setattr("retool.engines.vllm_adapter._KEEP_S", 0.1)
+    connections = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        while True:
+            await request(reader)
+            writer.write(plain("200 OK", b'{"weight_version": "7"}'))
+
+    async with vllm(serve) as client:
+        await client.weight_version()
+        await client.weight_version()
+        assert connections == 1
+        time.sleep(0.3)  # noqa: ASYNC251 - as a step of the learner does
+        await client.weight_version()
+        assert connections == 2
 
 
 async def test_answers_are_told_apart() -> None:
