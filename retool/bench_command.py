@@ -54,23 +54,20 @@ def _print(report: dict[str, Any]) -> None:
     console.print(f"a cold `python -c pass` before and after each part, ms: {speed}")
 
 
-def _earlier(output: Path | None, seconds: float) -> dict[str, Any]:
-    """The report in `output`, measured on a machine as this one; nothing where there is none."""
+def _earlier(output: Path | None, seconds: float, tier: str | None) -> dict[str, Any]:
+    """The report in `output`, measured in the same way on a machine as this one; nothing where there is none."""
     if output is None:
         raise UserError("--update: name the report with --output")
     if not output.exists():
         return {}
     try:
         found = json.loads(output.read_bytes())
-        there = {name: found["host"][name] for name in _SAME}
-        steps = found["seconds"]
+        there = {**{name: found["host"][name] for name in _SAME}, "seconds": found["seconds"], "tier": found["tier"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--update: {output} is no report of this command ({error!r:.200})") from None
-    here = {name: value for name, value in machine().items() if name in _SAME}
-    if there != here or steps != seconds:
-        raise UserError(
-            f"--update: {output} was measured with --seconds {steps} on {there}, this is {seconds} on {here}"
-        )
+    here = {**{name: value for name, value in machine().items() if name in _SAME}, "seconds": seconds, "tier": tier}
+    if there != here:
+        raise UserError(f"--update: {output} was measured with {there}, this is {here}")
     return dict(found)
 
 
@@ -86,7 +83,7 @@ def bench(
 ) -> int:
     """Measure and print. Raises `UserError` for a tier, profile or part that does not exist, and for a report that
     cannot be updated."""
-    earlier = _earlier(output, seconds) if update else {}
+    earlier = _earlier(output, seconds, tier) if update else {}
     known = {"tier": [*BY_NAME], "profile": [*available(), AUTO], "part": [*Options.parts]}
     for name, values in (("tier", [tier] if tier else []), ("profile", profiles), ("part", parts)):
         for value in values:

@@ -148,7 +148,7 @@ async def measure(options: Options, tell: Callable[[str], None] = lambda _: None
 
     `speed`: for each part `cold_start_ms` before and after it. A machine that others use is fast and slow by turns.
     """
-    report: dict[str, Any] = {"host": machine(), "seconds": options.seconds, "speed": {}}
+    report: dict[str, Any] = {"host": machine(), "tier": options.tier, "seconds": options.seconds, "speed": {}}
     for part in options.parts:
         before = cold_start_ms()
         report |= await _part(part, options, tell)

@@ -32,8 +32,9 @@ def test_parts_are_measured_one_at_a_time_and_kept(tmp_path: Path) -> None:
     assert both["overload"] == earlier["overload"] and both["speed"]["overload"] == earlier["speed"]["overload"]
     assert 0 < both["sessions"]["exec"]["p50_ms"] <= both["sessions"]["exec"]["p95_ms"]
     assert 0 < both["sessions"]["idle"]["private_dirty_mib_each"] < 100
-    other = bench("--part", "sessions", "--quick", "--seconds", "1", "--output", str(report), "--update")
-    assert other.returncode == 2 and "--seconds 0.5" in other.stderr
+    for different in (("--seconds", "1"), ("--tier", "self")):
+        other = bench("--part", "sessions", *common, *different)
+        assert other.returncode == 2 and "was measured with" in other.stderr
     assert json.loads(report.read_bytes()) == both
 
 
