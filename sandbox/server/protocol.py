@@ -1,5 +1,5 @@
-"""uvicorn's HTTP/1.1 protocol with two differences: an answer leaves in one write, not its head and body apart, and
-whoever works for a client can be told when it goes away.
+"""uvicorn's HTTP/1.1 protocol with three differences: an answer leaves in one write, not its head and body apart;
+whoever works for a client can be told when it goes away; and a request says when all of it has come.
 
 Each write is a system call that wakes the client; for answers of a few hundred bytes that is most of the cost.
 """
