@@ -1,4 +1,8 @@
-"""Framed JSON over an asyncio transport: what client and supervisor speak. Bounded, and never unpickled."""
+"""Framed JSON over an asyncio transport: what client and supervisor speak. Bounded, and never unpickled.
+
+A frame is four bytes and a body. The highest bit says which JSON it is: orjson's, or, where a message holds what that
+does not take (lone surrogates, integers of more than 64 bits), the standard library's. The other 31 are the length.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +11,33 @@ import json
 from collections.abc import Callable
 from typing import Any, cast
 
+import orjson
+
 from sandbox.types import SandboxProtocolError
 
 MAX_FRAME = 64 * 1024 * 1024
 """Bytes of the largest message between client and supervisor."""
-_JSON = json.JSONEncoder(separators=(",", ":"))
 _SIZE = 4
+_STANDARD = 1 << 31
 _CHUNK = 64 * 1024
 
 
 def pack_frame(message: dict[str, Any]) -> bytes:
-    """A message as length and JSON. Lone surrogates survive. Raises `SandboxProtocolError` when too large."""
-    body = _JSON.encode(message).encode("ascii")
+    """A message as head and JSON. Whatever text is in it survives. Raises `SandboxProtocolError` when too large."""
+    kind = 0
+    try:
+        body = orjson.dumps(message)
+    except TypeError:
+        kind, body = _STANDARD, json.dumps(message, separators=(",", ":")).encode("ascii")
     if len(body) > MAX_FRAME:
         raise SandboxProtocolError(f"message of {len(body)} bytes exceeds {MAX_FRAME}")
-    return len(body).to_bytes(_SIZE, "big") + body
+    return (kind | len(body)).to_bytes(_SIZE, "big") + body
+
+
+def _head(data: bytes | bytearray, offset: int = 0) -> tuple[int, Callable[[bytes], Any]]:
+    """Length of the body, and what reads it."""
+    word = int.from_bytes(data[offset : offset + _SIZE], "big")
+    return (word ^ _STANDARD, json.loads) if word & _STANDARD else (word, orjson.loads)
 
 
 class FrameProtocol(asyncio.BufferedProtocol):
@@ -72,13 +88,13 @@ class FrameProtocol(asyncio.BufferedProtocol):
             data = bytes(self._space[:nbytes])
         offset = 0
         while len(data) - offset >= _SIZE:
-            size = int.from_bytes(data[offset : offset + _SIZE], "big")
+            size, loads = _head(data, offset)
             if size > MAX_FRAME:
                 return self._fail(f"frame of {size} bytes exceeds {MAX_FRAME}")
             if len(data) - offset - _SIZE < size:
                 break
             try:
-                message = json.loads(data[offset + _SIZE : offset + _SIZE + size])
+                message = loads(data[offset + _SIZE : offset + _SIZE + size])
             except (ValueError, RecursionError) as error:
                 return self._fail(f"frame is not JSON: {error}")
             if not isinstance(message, dict):
@@ -92,7 +108,7 @@ class FrameProtocol(asyncio.BufferedProtocol):
         """Bytes that make the first frame complete."""
         if len(buffer) < _SIZE:
             return _SIZE
-        return _SIZE + min(int.from_bytes(buffer[:_SIZE], "big"), MAX_FRAME)
+        return _SIZE + min(_head(buffer)[0], MAX_FRAME)
 
     def _fail(self, reason: str) -> None:
         self._reason = reason

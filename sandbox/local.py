@@ -10,6 +10,7 @@ import asyncio
 import base64
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -168,7 +169,7 @@ class LocalSandbox:
         """See `Sandbox.exec`. `owner`: callers with different ones take turns in the queue.
 
         What the code does is in the result; only our own failures raise (`SandboxUnavailable`, `SandboxInfraError`,
-        `SandboxOverloaded`, `ConfinementUnavailable`).
+        `SandboxOverloaded`, `ConfinementUnavailable`), and `ValueError` for a deadline that is none.
         """
         options = {"files": files, "fetch": list(fetch), "rich": rich, "owner": owner}
         return decode_result(
@@ -211,6 +212,8 @@ class LocalSandbox:
         if profile is not None:
             message["profile"] = profile
         if deadline_s is not None:
+            if not deadline_s < math.inf:
+                raise ValueError(f"deadline_s must be a finite number of seconds, or None, not {deadline_s}")
             message["deadline_s"] = deadline_s
         reply = await self._ask(message, None if idempotency_key is not None else {"op": "cancel"})
         return cast("dict[str, Any]", reply["result"])

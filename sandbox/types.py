@@ -6,6 +6,7 @@ so a caller can never mistake a broken machine for a wrong program.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -31,7 +32,9 @@ class Status(StrEnum):
 @dataclass(frozen=True)
 class Limits:
     """What one execution may use. Output: the first `output_head_bytes` and the last `output_tail_bytes` of
-    each stream are kept, and more than `output_kill_bytes` kills the run (status `output_limit`)."""
+    each stream are kept, and more than `output_kill_bytes` kills the run (status `output_limit`).
+
+    Raises `ValueError` for what is no finite number, or less than 0."""
 
     wall_s: float = 5.0
     cpu_s: float = 5.0
@@ -42,6 +45,11 @@ class Limits:
     output_tail_bytes: int = 16 * 1024
     output_kill_bytes: int = 1024 * 1024
     code_bytes: int = 1024 * 1024
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number, 0 or more, not {value!r}")
 
 
 @dataclass(frozen=True)

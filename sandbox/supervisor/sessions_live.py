@@ -172,9 +172,8 @@ class LiveSession:
             self._reply(step, {"error": encode_error(SessionError(self.ended or "cancelled", "session_ended"))})
             return
         request, interpreter = step.request, self.interpreter
-        step.started = now = time.monotonic()
+        step.started = time.monotonic()
         step.cpu_before = interpreter.cpu_s()
-        interpreter.begin(request.limits, lambda: self._stop(step, Status.OUTPUT_LIMIT))
         fields: dict[str, Any] = {}
         stdin = b""
         if request.stdin:
@@ -184,11 +183,13 @@ class LiveSession:
             fields["rich"] = True
         if self.tree.processes != self._processes:
             self._processes = fields["processes"] = self.tree.processes
-        loop = asyncio.get_running_loop()
-        step.timer = loop.call_later(min(LISTEN_S, request.limits.wall_s), self._tick, step)
         cap = ANSWER_BYTES + (DISPLAY_BYTES if request.rich else 0)
         data = request.code.encode() + stdin
-        interpreter.send(channel.EXEC, fields or None, data, lambda *said: self._answered(step, now, *said), cap)
+        interpreter.send(channel.EXEC, fields or None, data, lambda said, _: self._answered(step, said), cap)
+        # It runs. What it prints and how it ends we hear in later turns of the loop.
+        interpreter.begin(request.limits, lambda: self._stop(step, Status.OUTPUT_LIMIT))
+        loop = asyncio.get_running_loop()
+        step.timer = loop.call_later(min(LISTEN_S, request.limits.wall_s), self._tick, step)
 
     def _tick(self, step: Step) -> None:
         """Clocks are ours: wall, CPU, and the time an interrupt is given to work."""
@@ -230,7 +231,7 @@ class LiveSession:
                 self._stop(step, Status.CANCELLED)
             step.cancelled = True
 
-    def _answered(self, step: Step, started: float, fields: dict[str, Any], _: bytes) -> None:
+    def _answered(self, step: Step, fields: dict[str, Any]) -> None:
         """The interpreter says that it is done."""
         if self.running is not step:
             return
@@ -286,13 +287,13 @@ class LiveSession:
         }
         self.step = step.number
         reply = {"result": result}
+        self._reply(step, reply)  # first: somebody waits for it
         size = (
             len(stdout) + len(stderr) + len(trace) + 1024 + sum(len(text) for row in display for text in row.values())
         )
         self.past.add(step.number, request, reply, size)
         self._admission.count(outcome.status.value)
         self._admission.leave(time.monotonic() - step.started)
-        self._reply(step, reply)
 
     def _reply(self, step: Step, reply: Reply) -> None:
         if step.timer is not None:

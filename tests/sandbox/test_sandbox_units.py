@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -11,10 +12,10 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sandbox import Limits, SandboxInfraError, Status, wire
+from sandbox import Limits, LocalSandbox, SandboxInfraError, Status, wire
 from sandbox.frames import FrameProtocol, pack_frame
 from sandbox.linux import seccomp
 from sandbox.linux.numbers import ALLOWED, SPECIAL
@@ -60,15 +61,20 @@ def through(data: bytes, sizes: list[int]) -> tuple[list[dict[str, object]], lis
     return messages, reasons
 
 
-@given(st.lists(st.dictionaries(text, text | st.integers() | st.lists(text)), max_size=3), st.lists(st.integers(1, 9)))
-@settings(max_examples=50)
+values = text | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.lists(text) | st.none()
+
+
+@given(st.lists(st.dictionaries(text, values), max_size=3), st.lists(st.integers(1, 9)))
+@settings(max_examples=100)
+@example([{"a": "\ud800", "b": 1}, {"a": 2**64, "b": 0.1}], [1])
 def test_frames_carry_any_text_in_any_pieces(messages: list[dict[str, object]], sizes: list[int]) -> None:
     assert through(b"".join(pack_frame(message) for message in messages), sizes) == (messages, [""])
 
 
-@pytest.mark.parametrize("data", [b"\xff\xff\xff\xff", b"\0\0\0\x02{]", b"\0\0\0\x021 ", b"\0\0\0\x02\xff\xff"])
-def test_nonsense_frames_end_the_connection_with_a_reason(data: bytes) -> None:
-    messages, (reason,) = through(data, [])
+@pytest.mark.parametrize("kind", [0, 0x80])  # of the JSON
+@pytest.mark.parametrize("data", [b"\x7f\xff\xff\xff", b"\0\0\0\x02{]", b"\0\0\0\x021 ", b"\0\0\0\x02\xff\xff"])
+def test_nonsense_frames_end_the_connection_with_a_reason(data: bytes, kind: int) -> None:
+    messages, (reason,) = through(bytes([data[0] | kind]) + data[1:], [])
     assert messages == [] and reason
 
 
@@ -246,3 +252,16 @@ def test_the_package_needs_nothing_of_ours_and_no_torch() -> None:
     code = "import sandbox.local, sandbox.tools, sys; print([m for m in sys.modules if m.split('.')[0] in ('retool', 'data_gen', 'torch', 'numpy')])"  # noqa: E501
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("limit", [{"wall_s": math.nan}, {"wall_s": math.inf}, {"cpu_s": -1.0}, {"memory_mb": -1}])
+def test_limits_are_finite_numbers(limit: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(limit))):
+        Limits(**limit)
+
+
+@pytest.mark.parametrize("deadline", [math.nan, math.inf])
+async def test_a_deadline_is_a_finite_number(deadline: float) -> None:
+    async with LocalSandbox("py-bare") as box:
+        with pytest.raises(ValueError, match="deadline_s"):
+            await box.exec("1", deadline_s=deadline)
