@@ -10,14 +10,10 @@ Written down: medians of the rounds, and of the rounds' ratios.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from sandbox.bench import targets
@@ -50,7 +46,6 @@ async def work(tier: str, count: int) -> None:
         RemoteSandbox([url]) as box,
     ):
         sessions = [await box.session() for _ in range(_SESSIONS)]
-        print("ready", flush=True)
         while name := (await asyncio.to_thread(sys.stdin.readline)).strip():
             interpreters = sessions if name == "sessions" else [box if name.startswith("one") else sessions[0]]
             times: list[float] = []
@@ -59,33 +54,6 @@ async def work(tier: str, count: int) -> None:
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
             row = {"p50_ms": percentile(times, 0.5), "per_s": len(times) / seconds, "cpu_ms": 1e3 * cpu / len(times)}
             print(json.dumps(row), flush=True)
-
-
-class Client:
-    """The process that measures the version in `folder`."""
-
-    def __init__(self, folder: Path, tier: str, count: int) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--work", "--tier", tier, "--count", str(count)]
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        if self._line() != "ready":
-            raise SystemExit(f"{folder}: the client did not start")
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
-
-    def measure(self, name: str) -> Row:
-        """One round of a case."""
-        assert self.process.stdin is not None
-        print(name, file=self.process.stdin, flush=True)
-        return dict(json.loads(self._line()))
-
-    def close(self) -> None:
-        """End it, and its server."""
-        self.process.communicate()
 
 
 def _medians(name: str, pairs: list[tuple[Row, Row]]) -> dict[str, Any]:
@@ -100,37 +68,31 @@ def _medians(name: str, pairs: list[tuple[Row, Row]]) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
+def compare() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="two checkouts: before and after")
+    from benchmarks import versions
+
+    parser = versions.parser(__doc__)
     parser.add_argument("--tier", default="ns")
     parser.add_argument("--count", type=int, default=150, help="executions of a round")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.work:
-        with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            runner.run(work(options.tier, options.count))
-        return
-    if len(options.folders) != 2:
-        parser.error("two checkouts are needed")
-    clients = [Client(folder.resolve(), options.tier, options.count) for folder in options.folders]
+    worker = ("--worker", options.tier, str(options.count))
+    clients = [versions.start(__file__, folder, *worker) for folder in versions.pair(parser, options)]
     report: dict[str, Any] = {"host": machine(), "tier": options.tier, "count": options.count, "cases": []}
     for name in CASES:
-        pairs = []
-        for number in range(options.rounds):
-            order = (0, 1) if number % 2 else (1, 0)
-            found = {index: clients[index].measure(name) for index in order}
-            pairs.append((found[0], found[1]))
-        report["cases"].append(_medians(name, pairs))
+        pairs = versions.turns(options.rounds, lambda index, name=name: json.loads(versions.ask(clients[index], name)))
+        report["cases"].append(_medians(name, list(pairs)))
         print(json.dumps(report["cases"][-1]), flush=True)
     for client in clients:
-        client.close()
+        client.communicate()
     if options.output:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--worker"]:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            runner.run(work(sys.argv[2], int(sys.argv[3])))
+    else:
+        compare()

@@ -9,11 +9,8 @@ What a token costs here bounds how many tokens a second all servers of a learner
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -86,65 +83,27 @@ async def work(url: str, turns: int) -> None:
     await client.close()
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """This program, with the modules of `folder`."""
-    return subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve()), *options],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(folder)},
-        text=True,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
+def compare() -> None:
+    """Both versions against one server."""
+    from benchmarks import versions
 
-
-def ask(worker: subprocess.Popen[str], word: str = "go") -> str:
-    """Its next line."""
-    assert worker.stdin is not None and worker.stdout is not None
-    print(word, file=worker.stdin, flush=True)
-    line = worker.stdout.readline()
-    if not line:
-        raise SystemExit("a part of the benchmark has ended; its error is above")
-    return line
-
-
-def main() -> None:
-    """See the module."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", type=Path, help="two checkouts: before and after")
+    parser = versions.parser(__doc__)
     parser.add_argument("--turns", type=int, default=64, help="at once")
     parser.add_argument("--tokens", type=int, default=100, help="of each turn")
     parser.add_argument("--gap", type=float, default=0.03, help="seconds between a turn's tokens")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--url", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve:
-        asyncio.run(serve(options.tokens, options.gap))
-    elif options.url:
-        asyncio.run(work(options.url, options.turns))
-    elif len(options.folders) != 2:
-        parser.error("two checkouts are needed")
-    else:
-        compare(options)
-
-
-def compare(options: argparse.Namespace) -> None:
-    """Both versions against one server."""
+    folders = versions.pair(parser, options)
     here = Path(__file__).resolve().parent.parent
-    server = start(here, "--serve", "--tokens", str(options.tokens), "--gap", str(options.gap))
-    url = f"http://127.0.0.1:{int(ask(server))}"
-    workers = [start(folder.resolve(), "--url", url, "--turns", str(options.turns)) for folder in options.folders]
-    rows: list[list[float]] = [[], []]
-    for number in range(options.rounds):
-        for index in (0, 1) if number % 2 else (1, 0):
-            rows[index].append(float(ask(workers[index])))
+    server = versions.start(__file__, here, "--serve", str(options.tokens), str(options.gap))
+    url = f"http://127.0.0.1:{int(versions.ask(server))}"
+    workers = [versions.start(__file__, folder, "--worker", url, str(options.turns)) for folder in folders]
+    pairs = list(versions.turns(options.rounds, lambda index: float(versions.ask(workers[index]))))
     for process in (*workers, server):
         process.kill()
         process.wait()
-    first, second = (round(percentile(row, 0.5), 1) for row in rows)
-    ratio = round(percentile([b / a for a, b in zip(*rows, strict=True)], 0.5), 3)
+    first, second = (round(percentile(list(row), 0.5), 1) for row in zip(*pairs, strict=True))
+    ratio = round(percentile([b / a for a, b in pairs], 0.5), 3)
     report: dict[str, Any] = {
         "host": machine(),
         "turns": options.turns,
@@ -159,4 +118,9 @@ def compare(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--serve"]:
+        asyncio.run(serve(int(sys.argv[2]), float(sys.argv[3])))
+    elif sys.argv[1:2] == ["--worker"]:
+        asyncio.run(work(sys.argv[2], int(sys.argv[3])))
+    else:
+        compare()
