@@ -112,6 +112,7 @@ class Groups:
     driver: Driver
     folder: Path
     _free: list[Group] = field(default_factory=list)
+    _all: set[Group] = field(default_factory=set)
     _made: int = 0
 
     def take(self) -> Group:
@@ -119,7 +120,9 @@ class Groups:
         if self._free:
             return self._free.pop()
         self._made += 1
-        return Group(self.driver, self.folder / str(self._made))
+        group = Group(self.driver, self.folder / str(self._made))
+        self._all.add(group)
+        return group
 
     def give_back(self, group: Group) -> None:
         """After a run whose processes are dead."""
@@ -127,12 +130,14 @@ class Groups:
         if len(self._free) < _KEPT:
             self._free.append(group)
         else:
+            self._all.discard(group)
             group.close()
 
     def close(self) -> None:
-        """Remove every group that is not in use."""
-        for group in self._free:
+        """Remove every group; processes in them must be dead."""
+        for group in self._all:
             group.close()
+        self._all.clear()
         self._free.clear()
         with contextlib.suppress(OSError):
             self.folder.rmdir()
@@ -149,7 +154,7 @@ def _try_out(groups: Groups) -> None:
             finally:
                 process.kill()
     finally:
-        group.close()
+        groups.give_back(group)
 
 
 def _sweep(place: Path) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 
-_SCRIPT = 'find "$1" -type d ! -perm -700 -exec chmod u+rwx {} + 2>/dev/null; rm -rf -- "$1"'
+_SCRIPT = 'chmod -R u+rwX -- "$1" 2>/dev/null; rm -rf -- "$1"'  # folders within folders that nobody may enter
 _ATTEMPTS = 3
 
 
@@ -24,8 +24,8 @@ def remove_empty(path: str) -> bool:
 def remove(path: str, uid: int) -> bool:
     """Remove a folder and everything in it; True when it is gone. Blocks: call it in a thread.
 
-    `rm` copes with any depth and never follows links. It runs as the user `uid` that made the files (0: as ourselves),
-    since root without CAP_DAC_OVERRIDE may not look into them; the folder itself is then ours to remove.
+    `chmod` and `rm` cope with any depth and never follow links. They run as the user `uid` that made the files (0: as
+    ourselves), since root without CAP_DAC_OVERRIDE may not look into them; the folder itself is then ours to remove.
     """
     # Nothing of ours is inherited, and user code has no process left that could interfere.
     user = {"user": uid, "group": uid, "extra_groups": ()} if uid else {}

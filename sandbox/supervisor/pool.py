@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections import Counter, deque
 
 from sandbox.supervisor import folders
 from sandbox.supervisor.cgroups import Group, Groups
 from sandbox.supervisor.settings import Settings
-from sandbox.supervisor.unit import Child, Unit, UnitFailed
+from sandbox.supervisor.unit import Child, Unit, UnitFailed, next_ident
 from sandbox.tiers import Tier
 from sandbox.types import SandboxInfraError
+
+UID_WAIT_S = 10.0
+"""So long a run may wait for a user id."""
+FIRST_RETRY_S = 0.5
+"""Between two attempts to end what a run has left, the first time."""
+_LAST_RETRY_S = 60.0
 
 
 def uids_needed(settings: Settings) -> int:
@@ -34,6 +41,7 @@ class Pool:
         self._ready: deque[Child] = deque()
         self._uid_freed = asyncio.Event()
         self._clearing: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
         self._unit: Unit | None = None
         self._starting = asyncio.Lock()
         self._refilling: asyncio.Task[None] | None = None
@@ -86,9 +94,15 @@ class Pool:
                 raise
 
     async def _take_uid(self) -> int:
-        while not self._free_uids:  # all others wait for their files to be removed
-            self._uid_freed.clear()
-            await self._uid_freed.wait()
+        try:
+            async with asyncio.timeout(UID_WAIT_S):
+                while not self._free_uids:  # all others wait for their files to be removed
+                    self._uid_freed.clear()
+                    await self._uid_freed.wait()
+        except TimeoutError:
+            raise SandboxInfraError(
+                "every user id is in use, or waits for what its last run has left", "spawn_failed"
+            ) from None
         return self._free_uids.popleft()
 
     def refill(self) -> None:
@@ -114,24 +128,43 @@ class Pool:
         self.recycle(unit, child, clean=True)
 
     def recycle(self, unit: Unit, child: Child, clean: bool) -> None:
-        """After a run: remove its files and give its user id back, unless something of it is still alive."""
-        if not clean:
+        """After a run: remove its files and give its user id back, as soon as nothing of it is alive."""
+        if not clean and not child.uid:  # without a user of its own nobody can tell any more what is left of it
             self.counts["leaked"] += 1
             return
         group, child.group = child.group, None
         folder = unit.folder(child)
-        if not folder or folders.remove_empty(folder):
+        if clean and (not folder or folders.remove_empty(folder)):
             self._release(child.uid, group)
         else:  # however much it wrote, nobody waits for the removal
-            task = asyncio.get_running_loop().create_task(self._clear(folder, child.uid, group))
+            task = asyncio.get_running_loop().create_task(self._clear(folder, child.uid, group, clean))
             self._clearing.add(task)
             task.add_done_callback(self._clearing.discard)
 
-    async def _clear(self, folder: str, uid: int, group: Group | None) -> None:
-        if await asyncio.to_thread(folders.remove, folder, uid):
-            self._release(uid, group)
-        else:
-            self.counts["leaked"] += 1
+    async def _clear(self, folder: str, uid: int, group: Group | None, dead: bool) -> None:
+        """Until the run's processes are dead and its folder is gone: again and again, ever more seldom."""
+        pause, counted = FIRST_RETRY_S, False
+        while not (dead and (not folder or await asyncio.to_thread(folders.remove, folder, uid))):
+            if not counted:
+                self.counts["leaked"] += 1
+                counted = True
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._closing.wait()
+            if self._closing.is_set():
+                return
+            pause = min(2 * pause, _LAST_RETRY_S)
+            dead = dead or await self._purged(uid)
+        if counted:
+            self.counts["leaked"] -= 1
+        self._release(uid, group)
+
+    async def _purged(self, uid: int) -> bool:
+        """Kill whatever runs as `uid`."""
+        try:
+            return await (await self.unit()).purge(next_ident(), uid)
+        except SandboxInfraError:
+            return False
 
     def _release(self, uid: int, group: Group | None) -> None:
         if uid:
@@ -161,6 +194,7 @@ class Pool:
         if self._refilling is not None:
             self._refilling.cancel()
             await asyncio.gather(self._refilling, return_exceptions=True)
+        self._closing.set()
         await asyncio.gather(*self._clearing, return_exceptions=True)
         if self._unit is not None:
             await self._unit.stop()

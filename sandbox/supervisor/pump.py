@@ -65,6 +65,11 @@ class Pump:
         """Whether more than the cap came out."""
         return self.total > self.cap
 
+    @property
+    def reading(self) -> bool:
+        """Whether something is read still: its end has not come."""
+        return bool(self._open)
+
     def _readable(self, fd: int) -> bool:
         """Read once; False when there is nothing more to read now."""
         try:

@@ -31,6 +31,7 @@ from sandbox.worker.display import DISPLAY_BYTES
 from sandbox.worker.runner import JOB_HEADER
 
 _REPORT_BYTES = 512 * 1024
+_PATIENCE_S = (0.001, 0.01, 0.1, 0.5)
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,22 @@ class Run:
         """Kill everything that is left of the run and let go of it; True when nothing is."""
         try:
             dead = await self.unit.kill(self.child)
+            if dead:
+                await self._closed()
         finally:
             self.pump.drain()
             self.talk.drain()
             self.child.close()
         # With a lost unit its warden is killing everything; a pipe may then be open for a moment longer.
         return dead and (self.pump.unclosed == 0 or self.unit.lost.is_set())
+
+    async def _closed(self) -> None:
+        """Until the output has no writer any more, which may take the kernel a moment longer than the writers' end."""
+        for pause in _PATIENCE_S:
+            self.pump.sip()
+            if not self.pump.reading or self.unit.lost.is_set():
+                return
+            await asyncio.sleep(pause)
 
     def _result(self, ending: Ending, usage: Usage, report: dict[str, Any], body: bytes) -> ExecResult:
         outcome = judge(ending, self.job.limits)

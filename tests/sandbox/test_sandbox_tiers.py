@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sandbox import ConfinementUnavailable, LocalSandbox
+from sandbox import ConfinementUnavailable, LocalSandbox, SandboxInfraError
+from sandbox.linux import syscalls as sys_
+from sandbox.supervisor import pool as pool_module
+from sandbox.supervisor.pool import Pool
+from sandbox.supervisor.settings import Settings
+from sandbox.tiers import BY_NAME
 from sandbox.tools import capability_table
 from tests.sandbox import other_host
 
 PROGRAM = Path(__file__).with_name("tier_program.py")
+UID = BY_NAME["uid"]
 HOSTS = {"ns": "user", "uid": "container", "self": "capless"}
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can make itself another kind of host")
 
@@ -78,8 +86,36 @@ def test_nothing_outside_is_signalled_or_read(seen: dict[str, Any]) -> None:
 
 def test_nothing_is_left_behind(seen: dict[str, Any]) -> None:
     assert seen["deep"][0] in ("ok", "error") and seen["folders"] and seen["removed"]
+    assert seen["locked"][0] == ("error" if seen["tier"] == "self" else "ok")  # where modes cannot be changed
     if seen["tier"] != "self":
         assert seen["supervisor killed"] == "unavailable" and seen["survivors"] == 0
+
+
+@as_root
+async def test_what_cannot_be_removed_is_counted_and_tried_again(tmp_path: Path) -> None:
+    counts: Counter[str] = Counter()
+    pool = Pool(Settings(), UID, 4_000_000, counts)
+    uid = pool._free_uids.popleft()
+    (tmp_path / "1").mkdir()
+    sys_.mount("tmpfs", str(tmp_path / "1"), "tmpfs", 0, "")
+    try:
+        task = asyncio.create_task(pool._clear(str(tmp_path / "1"), uid, None, dead=True))
+        while not counts["leaked"]:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        assert uid not in pool._free_uids
+    finally:
+        subprocess.run(["umount", str(tmp_path / "1")], check=True)  # noqa: ASYNC221
+    await task
+    assert not (tmp_path / "1").exists() and counts["leaked"] == 0 and pool._free_uids[-1] == uid
+
+
+async def test_a_run_does_not_wait_for_a_user_id_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "UID_WAIT_S", 0.05)
+    pool = Pool(Settings(), UID, 4_000_000, Counter())
+    pool._free_uids.clear()
+    with pytest.raises(SandboxInfraError, match="user id") as caught:
+        await pool._take_uid()
+    assert caught.value.retryable
 
 
 REFUSED = """

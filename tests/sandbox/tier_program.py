@@ -34,6 +34,15 @@ try:
 except OSError as error: print(n, error.errno)
 """
 DEEP = "import os\nfor _ in range(1500): os.mkdir('d'); os.chdir('d')"
+LOCKED = """
+import os
+path = 'a/b/c/d/e/f'
+os.makedirs(path)
+open(path + '/file', 'w').close()
+while path:
+    os.chmod(path, 0)
+    path = os.path.dirname(path)
+"""
 SPY = "import os; print([name for name in os.listdir('..')])"
 OTHERS_FILES = "import os, time\nopen('mine', 'w').write('x'); print(os.getcwd(), flush=True); time.sleep(1)"
 
@@ -71,6 +80,7 @@ async def explore(tier: str) -> dict[str, object]:
             ("forks again", FORK_COUNT, None),
             ("daemon", DAEMON, None),
             ("deep", DEEP, None),
+            ("locked", LOCKED, None),
             ("self kill", "import os; os.kill(os.getpid(), 9)", None),
             ("kill client", f"import os; os.kill({os.getpid()}, 15)", None),
             ("kill all", "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(-1, 15)", None),
