@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 
 from sandbox import ConfinementUnavailable, LocalSandbox, SandboxInfraError
 from sandbox.linux import syscalls as sys_
+from sandbox.supervisor import folders
 from sandbox.supervisor import pool as pool_module
 from sandbox.supervisor.pool import Pool
 from sandbox.supervisor.settings import Settings
@@ -92,6 +94,18 @@ def test_nothing_is_left_behind(seen: dict[str, Any]) -> None:
 
 
 @as_root
+def test_folders_within_folders_that_nobody_may_enter_are_removed(open_folder: Path) -> None:
+    place = open_folder / "1"
+    place.mkdir()
+    os.chown(place, 4_000_000, 4_000_000)
+    nest = (
+        "mkdir -p a/b/c/d/e/f/g; for d in a/b/c/d/e/f/g a/b/c/d/e/f a/b/c/d/e a/b/c/d a/b/c a/b a; do chmod 0 $d; done"
+    )
+    subprocess.run(["/bin/sh", "-c", nest], check=True, cwd=place, user=4_000_000, group=4_000_000)
+    assert folders.remove(str(place), 4_000_000) and not place.exists()
+
+
+@as_root
 async def test_what_cannot_be_removed_is_counted_and_tried_again(tmp_path: Path) -> None:
     counts: Counter[str] = Counter()
     pool = Pool(Settings(), UID, 4_000_000, counts)
@@ -118,6 +132,14 @@ async def test_a_run_does_not_wait_for_a_user_id_for_ever(monkeypatch: pytest.Mo
     assert caught.value.retryable
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """One that other users can reach."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 REFUSED = """
 import asyncio
 from sandbox import LocalSandbox, ConfinementUnavailable
@@ -133,12 +155,10 @@ asyncio.run(main())
 
 
 @as_root
-def test_a_host_that_can_confine_nothing_is_refused() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder).chmod(0o755)
-        program = Path(folder, "refused.py")
-        program.write_text(REFUSED)
-        done = other_host.run("locked", program)
+def test_a_host_that_can_confine_nothing_is_refused(open_folder: Path) -> None:
+    program = open_folder / "refused.py"
+    program.write_text(REFUSED)
+    done = other_host.run("locked", program)
     assert done.stdout.startswith("ConfinementUnavailable False no isolation tier holds on this machine"), done.stderr
     assert "landlock_create_ruleset" in done.stdout and "allow_unconfined=True" in done.stdout
     assert done.stdout.endswith("\nnone\n")

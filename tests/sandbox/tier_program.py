@@ -102,13 +102,14 @@ async def explore(tier: str) -> dict[str, object]:
         seen["peek"] = (await box.exec(peek)).stdout
         await other
         stats = await box.stats()
-        seen["leaked"], seen["restarts"] = stats["leaked"], stats["restarts"]
         deadline = time.monotonic() + 10
         while (
             sum(entry.name.isdigit() for entry in folder.iterdir()) > stats["workers"] and time.monotonic() < deadline
         ):
             await asyncio.sleep(0.1)
         seen["folders"] = sum(entry.name.isdigit() for entry in folder.iterdir()) <= stats["workers"]
+        stats = await box.stats()
+        seen["leaked"], seen["restarts"] = stats["leaked"], stats["restarts"]
         if tier != "self":
             run = asyncio.create_task(box.exec(DAEMON + "time.sleep(99)", limits=Limits(wall_s=90)))
             while not sleepers():
