@@ -74,9 +74,12 @@ class Job:
         return _REPORT_BYTES + files + (DISPLAY_BYTES if self.rich else 0)
 
 
-def neighbours(tier: Tier) -> int:
-    """Threads of our user, a second ago: where runs share it, RLIMIT_NPROC counts them too."""
-    return 0 if tier.namespaces or tier.own_uid else _own_threads(int(time.monotonic()))
+def neighbours(unit: Unit) -> int:
+    """Threads that RLIMIT_NPROC counts besides a run's own, where runs share their user with each other and with us:
+    those of a second ago, and what other runs may have begun since."""
+    if unit.tier.namespaces or unit.tier.own_uid:
+        return 0
+    return _own_threads(int(time.monotonic())) + (unit.settings.workers - 1) * unit.settings.limits.processes
 
 
 @functools.lru_cache(maxsize=1)
@@ -135,7 +138,7 @@ class Run:
         if child.group is not None:
             child.group.limit(self.unit.group_mib(self.job.limits))
         started = time.monotonic()
-        rest = write_some(child.job, self.job.payload(neighbours(self.unit.tier)))  # first: from here on it runs
+        rest = write_some(child.job, self.job.payload(neighbours(self.unit)))  # first: from here on it runs
         child.on_exit = self._finish
         if child.exited.done():
             self._finish()

@@ -110,7 +110,7 @@ class Sessions:
         settings = {
             "mode": "session",
             "memory_mb": limits.memory_mb,
-            "processes": limits.processes + neighbours(unit.tier),
+            "processes": limits.processes + neighbours(unit),
             "file_mb": limits.file_mb,
             "branches": 0 if unit.tier.deny_fork else MAX_MEMBERS,
             "seed": seed,
