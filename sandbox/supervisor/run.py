@@ -79,7 +79,9 @@ def neighbours(unit: Unit) -> int:
     those of a second ago, and what other runs may have begun since."""
     if unit.tier.namespaces or unit.tier.own_uid:
         return 0
-    return _own_threads(int(time.monotonic())) + (unit.settings.workers - 1) * unit.settings.limits.processes
+    workers = unit.settings.workers
+    begun = (workers - 1) * unit.settings.limits.processes + 4 * workers  # also ready children, and who clears up
+    return _own_threads(int(time.monotonic())) + begun
 
 
 @functools.lru_cache(maxsize=1)

@@ -71,6 +71,7 @@ def test_processes_are_capped_and_all_gone(seen: dict[str, Any]) -> None:
         # The second time as well: an id whose zombies were not reaped would refuse earlier.
         assert seen["forks"][2] == seen["forks again"][2] == "11 11\n"
         assert seen["daemon"][0] == "ok" and seen["sub"][2] == "b'hi\\n'\n"
+    assert seen["threads"] == ["ok", "ok"]  # at the same time: nobody uses up what is another's
     assert seen["storm"][0] in ("timeout", "cpu_limit")
     assert (seen["sleepers"], seen["leaked"], seen["restarts"]) == (0, 0, 0)
 

@@ -43,6 +43,11 @@ while path:
     os.chmod(path, 0)
     path = os.path.dirname(path)
 """
+THREADS = """
+import threading, time
+threads = [threading.Thread(target=time.sleep, args=(0.5,)) for _ in range(11)]
+for thread in threads: thread.start()
+"""
 SPY = "import os; print([name for name in os.listdir('..')])"
 OTHERS_FILES = "import os, time\nopen('mine', 'w').write('x'); print(os.getcwd(), flush=True); time.sleep(1)"
 
@@ -94,6 +99,9 @@ async def explore(tier: str) -> dict[str, object]:
             error = result.exception.type if result.exception else ""
             seen[name] = [result.status.value, error, result.stdout[:200], result.isolation]
         seen["sleepers"] = sleepers()
+        roomy = Limits(wall_s=20, memory_mb=4000, processes=12)
+        both = await asyncio.gather(*(box.exec(THREADS, limits=roomy) for _ in range(2)))
+        seen["threads"] = [result.status.value for result in both]
         other = asyncio.create_task(box.exec(OTHERS_FILES))
         await asyncio.sleep(0.5)
         peek = (
