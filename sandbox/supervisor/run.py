@@ -25,7 +25,6 @@ from sandbox.supervisor.outcome import (
 )
 from sandbox.supervisor.pump import Pump, Stream, write_all, write_some
 from sandbox.supervisor.unit import Child, Unit
-from sandbox.tiers import Tier
 from sandbox.types import ExecResult, Limits, SandboxInfraError, Status, Usage
 from sandbox.worker.display import DISPLAY_BYTES
 from sandbox.worker.runner import JOB_HEADER
