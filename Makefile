@@ -27,7 +27,7 @@ test: $(STAMP)      ## the whole test-suite (TESTS="tests/x" for a part)
 ifdef TESTS
 	@$(PY) -m pytest $(TESTS)
 else
-	@$(PY) -m pytest tests --ignore tests/sandbox --ignore tests/stack --ignore tests/engines/test_vllm_engine.py --ignore tests/engines/test_vllm_sync.py -n 2 --dist loadfile
+	@$(PY) -m pytest tests --ignore tests/sandbox --ignore tests/stack --ignore tests/engines/test_vllm_engine.py --ignore tests/engines/test_vllm_sync.py -n 2 --dist loadfile --no-loadscope-reorder
 	@$(PY) -m pytest tests/sandbox tests/stack
 endif
 

@@ -19,6 +19,11 @@ def allowed_skips() -> list[str]:
     return [line for line in lines if line]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole runs first: where two processes share the files, none is left alone with the long ones at the end."""
+    items.sort(key=lambda item: "tests/system/" not in item.nodeid)
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     skipped = terminalreporter.stats.get("skipped", [])

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from retool.records import RewardResult, Trajectory
 from retool.rollout.log import RolloutLog
-
-REPO = Path(__file__).parents[2]
+from tests.system import warm
+from tests.system.warm import REPO
 
 
 def environment() -> dict[str, str]:
@@ -22,8 +22,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPO), "COLUMNS": "200", "NO_COLOR": "1"}
 
 
-def retool(*args: str, cwd: Path = REPO, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run the command to its end."""
+def retool(*args: str, cwd: Path = REPO, timeout: float = 240, fresh: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end. `fresh`: in a new interpreter, as `python -m retool` is for a user."""
+    if not fresh:
+        return warm.run(args, cwd, environment(), timeout)
     command = [sys.executable, "-m", "retool", *args]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout)
 

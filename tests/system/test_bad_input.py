@@ -13,8 +13,8 @@ from tests.system.runs import retool
 TINY = "recipes/tiny.yaml"
 
 
-def fails(*args: str) -> str:
-    done = retool(*args)
+def fails(*args: str, fresh: bool = False) -> str:
+    done = retool(*args, fresh=fresh)
     assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
     return done.stderr
@@ -27,7 +27,7 @@ def test_unknown_key(tmp_path: Path) -> None:
 
 
 def test_missing_recipe() -> None:
-    assert "did you mean recipes/tiny.yaml" in fails("train", "recipes/tinny.yaml")
+    assert "did you mean recipes/tiny.yaml" in fails("train", "recipes/tinny.yaml", fresh=True)
 
 
 def test_missing_problem_file(tmp_path: Path) -> None:
