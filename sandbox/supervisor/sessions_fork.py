@@ -35,6 +35,13 @@ async def copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -
 
     Raises `SessionError` (fork_unsafe, too_many, session_ended) and `SandboxInfraError`.
     """
+    if source.child.job < 0:
+        raise SessionError("the session has ended: it was closed", "session_ended")
+    async with tree.copying():
+        return await _copy(source, tree, seed, layer)
+
+
+async def _copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) -> Interpreter:
     place = tree.next_place(source.place, layer)
     fields = {
         "folder": place.folder,

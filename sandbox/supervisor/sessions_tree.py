@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from sandbox.supervisor.sessions_interpreter import Interpreter, Place
 from sandbox.supervisor.unit import Child, Unit
@@ -17,7 +17,8 @@ _END_S = 10.0
 
 
 class Tree:
-    """`release` ends one member; with the last one the whole tree is killed and its user id given back."""
+    """`release` ends one member. When there is none left, and none on its way, the whole tree is killed and its user id
+    given back."""
 
     def __init__(self, unit: Unit, root: Child, pid: int, limits: Limits, give_back: Callable[[bool], None]) -> None:
         self.unit, self.root, self.limits = unit, root, limits
@@ -28,6 +29,18 @@ class Tree:
         self._parents: dict[int, int] = {}  # Landlock domain -> the one it was made in; 0 is the root's
         self._places = 0
         self._empty: list[Place] = []  # of members that have ended
+        self._copies = 0  # under way
+        self._over = False
+
+    @contextlib.asynccontextmanager
+    async def copying(self) -> AsyncIterator[None]:
+        """While a copy is made the tree does not end: the last member may be closed meanwhile."""
+        self._copies += 1
+        try:
+            yield
+        finally:
+            self._copies -= 1
+            await asyncio.shield(self._end_if_empty())
 
     def next_place(self, source: Place, layer: bool) -> Place:
         """Where a copy of somebody at `source` will live; no place is given twice."""
@@ -83,21 +96,18 @@ class Tree:
         self.members.discard(member)
         member.kill()
         self.leave(member.place)
-        if not self.members:
-            member.detach()
-            if member.child is not self.root:
-                await _ended(member.child)
-                member.child.close()
-            await self._end()
-            return
         await _ended(member.child)
         member.detach()
         if member.child is self.root:
             _close_streams(member.child)  # the rest is needed to end the tree
         else:
             member.child.close()
+        await self._end_if_empty()
 
-    async def _end(self) -> None:
+    async def _end_if_empty(self) -> None:
+        if self.members or self._copies or self._over:
+            return
+        self._over = True
         clean = False
         try:
             clean = await self.unit.kill(self.root)
