@@ -130,7 +130,7 @@ class SandboxOverloaded(SandboxError):
 
 class SandboxInfraError(SandboxError):
     """An execution was lost or could not be confined: spawn_failed, jail_failed, lost_child, oom_host,
-    no_profile, internal, shutdown."""
+    disk_full, no_profile, internal, shutdown."""
 
     def __init__(self, message: str, code: str, retryable: bool = True) -> None:
         super().__init__(message)

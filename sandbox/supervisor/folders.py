@@ -1,4 +1,4 @@
-"""Removing the work folder of a run whose processes are dead, whatever the run made of it."""
+"""The disk that runs write to: whether it has room, and how a work folder is removed, whatever its run made of it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,17 @@ import subprocess
 
 _SCRIPT = 'chmod -R u+rwX -- "$1" 2>/dev/null; rm -rf -- "$1"'  # folders within folders that nobody may enter
 _ATTEMPTS = 3
+_SLACK = 64 * 1024
+_FEW_FILES = 4
+
+
+def full(path: str, size: int = 0) -> bool:
+    """Whether the disk that `path` is on has no room for `size` bytes more, or for another few files."""
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return True
+    return disk.f_bavail * disk.f_frsize < size + _SLACK or (disk.f_files > 0 and disk.f_favail < _FEW_FILES)
 
 
 def remove_empty(path: str) -> bool:

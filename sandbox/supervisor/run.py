@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
 import math
@@ -30,6 +31,7 @@ from sandbox.worker.display import DISPLAY_BYTES
 from sandbox.worker.runner import JOB_HEADER
 
 _REPORT_BYTES = 512 * 1024
+_NO_ROOM = (f"[Errno {errno.ENOSPC}]", f"[Errno {errno.EDQUOT}]")
 _PATIENCE_S = (0.001, 0.01, 0.1, 0.5)
 
 
@@ -102,6 +104,7 @@ class Run:
     def __init__(self, unit: Unit, child: Child, job: Job) -> None:
         self.unit, self.child, self.job = unit, child, job
         self._killed_for: Status | None = None
+        self._crowded = False  # the disk was full before it began
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         limits = job.limits
         self.stdout = Stream(limits.output_head_bytes, limits.output_tail_bytes)
@@ -138,6 +141,7 @@ class Run:
         ooms = OOM_WATCH.begin()
         if child.group is not None:
             child.group.limit(self.unit.group_mib(self.job.limits))
+        self._crowded = self.unit.crowded(sum(map(len, self.job.files.values())))
         started = time.monotonic()
         rest = write_some(child.job, self.job.payload(neighbours(self.unit)))  # first: from here on it runs
         child.on_exit = self._finish
@@ -196,6 +200,9 @@ class Run:
     def _result(self, ending: Ending, usage: Usage, report: dict[str, Any], body: bytes) -> ExecResult:
         outcome = judge(ending, self.job.limits)
         unwritten = report.get("unwritten")
+        failed = outcome.exception.message if outcome.exception and outcome.exception.type == "OSError" else ""
+        if self._crowded and (isinstance(unwritten, str) or failed.startswith(_NO_ROOM)):
+            raise SandboxInfraError("the disk that runs write to was full before this one began", "disk_full")
         if self.job.files and isinstance(unwritten, str):
             outcome = Outcome(Status.REJECTED, attested=False)
             self.stderr.feed(f"files: {unwritten}"[:4096].encode("utf-8", "replace"))

@@ -19,7 +19,7 @@ from sandbox import paths
 from sandbox.codec import result_fields
 from sandbox.profiles import AUTO
 from sandbox.results import encode_error
-from sandbox.supervisor import cgroups
+from sandbox.supervisor import cgroups, folders
 from sandbox.supervisor.admission import Admission as Slots
 from sandbox.supervisor.cgroups import Groups
 from sandbox.supervisor.idempotency import IdempotencyStore
@@ -160,6 +160,9 @@ class Service:
                     return
                 await pool.close()
                 failures.append(f"  {tier.name}: {reason}\n    needs {tier.needs}")
+        if folders.full(self.settings.work_root):
+            where = Path(self.settings.work_root).parent
+            raise SandboxInfraError(f"the disk of {where} is full: make room, or set TMPDIR", "disk_full")
         raise ConfinementUnavailable(
             f"no isolation tier {'gives what is required' if self.settings.require else 'holds'} on this machine:\n"
             + "\n".join(failures)

@@ -130,6 +130,8 @@ class SessionRequests:
         if len(data) > paths.MAX_BYTES:
             raise SessionError(f"{len(data)} bytes; a file has at most {paths.MAX_BYTES}", "too_large")
         session = self.sessions.find(message["session"])
+        if session.tree.unit.crowded(len(data)):
+            raise SandboxInfraError("the disk that sessions write to is full", "disk_full")
         await self.sessions.command(session, channel.PUT, {"path": path}, data)
         return {}
 

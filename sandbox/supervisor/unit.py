@@ -363,6 +363,10 @@ class Unit:
         """The work folder that a child leaves behind; empty in `ns`, where it goes with the namespace."""
         return "" if self.tier.namespaces else f"{self.settings.work_root}/{child.ident}"
 
+    def crowded(self, size: int) -> bool:
+        """Whether runs have no room for `size` bytes of files; in `ns` each has a disk of its own."""
+        return not self.tier.namespaces and folders.full(self.settings.work_root, size)
+
     async def stop(self) -> None:
         """End the unit; returns when the warden has gone, which takes everything else with it."""
         self._lose()

@@ -25,7 +25,16 @@ from tests.sandbox.conftest import ROOT, processes
 
 pytestmark = pytest.mark.slow
 LIMITS = Limits(wall_s=60, cpu_s=30)
-RETRYABLE = {"lost_child", "spawn_failed", "jail_failed", "shutdown", "unavailable", "oom_host", "internal"}
+RETRYABLE = {
+    "lost_child",
+    "spawn_failed",
+    "jail_failed",
+    "shutdown",
+    "unavailable",
+    "oom_host",
+    "disk_full",
+    "internal",
+}
 
 
 @asynccontextmanager
@@ -166,13 +175,55 @@ async def test_a_full_disk_is_the_filler_s_problem_and_passes(small_disk: Path) 
             result = await hostile
             assert result.status is Status.OK and result.stdout == "28\n"  # ENOSPC
             assert [done.stdout for done in await asyncio.gather(*others)] == [f"{n}\n" for n in range(8)]
-            for _ in range(100):  # its files are removed in the background
-                again = await box.exec("open('mine', 'wb').write(bytes(1 << 20)); print('room')")
-                if again.ok:
-                    break
-                await asyncio.sleep(0.05)
+            again = await until_done(box, "open('mine', 'wb').write(bytes(1 << 20)); print('room')", "room", failures)
             assert again.stdout == "room\n" and (await box.stats())["leaked"] == 0
         assert list(small_disk.iterdir()) == []
+
+
+async def test_a_disk_that_others_filled_is_our_failure(small_disk: Path) -> None:
+    write = "open('mine', 'wb').write(bytes(1 << 20))"
+    async with watched("self") as box, box.session() as session:
+        full = await box.exec("n = 0\nwhile True:\n  open(f'f{n}', 'wb').write(bytes(4 << 20)); n += 1")
+        assert full.status is Status.ERROR and full.exception and "No space" in full.exception.message  # its own doing
+        while list(small_disk.rglob("f0")):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        filler = small_disk / "filler"
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize)
+        assert (await box.exec("print(1)")).stdout == "1\n"
+        for work in (
+            box.exec("1", files={"data.bin": bytes(1 << 20)}),
+            box.exec(write),
+            session.write_file("data.bin", bytes(1 << 20)),
+        ):
+            with pytest.raises(SandboxInfraError) as caught:
+                await work
+            assert caught.value.code == "disk_full" and caught.value.retryable
+        filler.unlink()
+        assert (await box.exec(write, files={"data.bin": bytes(1 << 20)})).ok
+        await session.write_file("data.bin", bytes(1 << 20))
+
+
+async def test_a_sandbox_that_starts_on_a_full_disk_says_so(small_disk: Path) -> None:
+    (small_disk / "filler").touch()
+    async with watched("self") as box:
+        await box.exec("1")
+        os.posix_fallocate(
+            file := os.open(small_disk / "filler", os.O_WRONLY),
+            0,
+            os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_bsize,
+        )
+        os.close(file)
+        os.kill((await box.stats())["supervisor_pid"], signal.SIGKILL)
+        codes = set()
+        for _ in range(4):
+            with pytest.raises(SandboxError) as caught:
+                await box.exec("print(2)")
+            codes.add(caught.value.code)
+            assert caught.value.retryable, caught.value
+        assert codes <= {"unavailable", "disk_full"}, codes
+        (small_disk / "filler").unlink()
+        assert (await box.exec("print(3)")).stdout == "3\n"
 
 
 CLIENT = """
