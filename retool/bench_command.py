@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from retool.console import console, table
@@ -71,6 +72,18 @@ def _earlier(output: Path | None, seconds: float, tier: str | None) -> dict[str,
     return dict(found)
 
 
+def _check(output: Path) -> None:
+    """Before minutes of measuring. Raises `UserError` where the report could not be written."""
+    if output.is_dir():
+        raise UserError(f"--output {output}: that is a folder; name a file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}") from None
+
+
 def bench(
     seconds: float,
     tier: str | None,
@@ -89,6 +102,12 @@ def bench(
         for value in values:
             if value not in known[name]:
                 raise UserError(f"--{name} {value!r}: choose from {', '.join(known[name])}")
+    if versus and not versus.startswith(("http://", "https://")):
+        raise UserError(f"--vs {versus!r}: write a URL, e.g. http://127.0.0.1:8080")
+    if versus and parts and "http" not in parts:
+        raise UserError("--vs is measured with --part http")
+    if output is not None:
+        _check(output)
     options = Options(
         seconds, tier, tuple(profiles) or Options.profiles, versus.rstrip("/"), tuple(parts) or Options.parts, quick
     )

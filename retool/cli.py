@@ -35,6 +35,8 @@ data_app = typer.Typer(help="Cold-start data: code-augmented traces, executed an
 app.add_typer(sandbox_app, name="sandbox")
 app.add_typer(data_app, name="data")
 
+MOST_S, MOST_MIB = 86_400, 1_048_576
+"""What the sandbox's HTTP API takes at most, too."""
 RecipeArg = Annotated[Path, typer.Argument(help="Recipe file, e.g. recipes/demo.yaml", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
@@ -229,14 +231,24 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Machine-readabl
 @sandbox_app.command("run")
 def sandbox_run(
     code: Annotated[str, typer.Argument(help="Python code, or `-` to read it from standard input.")],
-    profile: Annotated[str, typer.Option(help="py-bare or py-math (numpy and sympy are warm).")] = "py-math",
-    wall: Annotated[float, typer.Option(min=0.01, help="Seconds.")] = 5.0,
-    memory: Annotated[int, typer.Option(min=16, help="MiB.")] = 512,
+    profile: Annotated[
+        str, typer.Option(help="py-bare, py-math (numpy and sympy are warm), py-data, or auto.")
+    ] = "py-math",
+    wall: Annotated[float, typer.Option(min=0.01, max=MOST_S, help="Seconds.")] = 5.0,
+    memory: Annotated[int, typer.Option(min=16, max=MOST_MIB, help="MiB.")] = 512,
 ) -> None:
     """Run code in the sandbox. Exit code 0 when it ended well, 1 otherwise."""
     from retool.sandbox_command import run_code
 
-    raise typer.Exit(run_code(sys.stdin.read() if code == "-" else code, profile, wall, memory))
+    raise typer.Exit(run_code(_standard_input() if code == "-" else code, profile, wall, memory))
+
+
+def _standard_input() -> str:
+    """All of it, without the mark that some editors put at a file's beginning."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except ValueError:
+        raise UserError("standard input is not UTF-8") from None
 
 
 @sandbox_app.command("serve")
@@ -246,19 +258,23 @@ def sandbox_serve(
     uds: Annotated[str | None, typer.Option(help="Unix socket instead of host and port.")] = None,
     uds_mode: Annotated[str, typer.Option(help="Permissions of that socket, octal.")] = "600",
     profile: Annotated[str, typer.Option(help="Warm interpreter of executions that name none.")] = "auto",
-    workers: Annotated[int, typer.Option(min=0, help="Executions at once; 0: 1.5 a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, max=1024, help="Executions at once; 0: 1.5 a core.")] = 0,
     tier: Annotated[str | None, typer.Option(help="Insist on one isolation tier.")] = None,
     require: Annotated[list[str] | None, typer.Option(help="Property that the tier must have; repeatable.")] = None,
     token_file: Annotated[
         str | None, typer.Option(help="Bearer tokens, one a line (or $RETOOL_SANDBOX_TOKEN).")
     ] = None,
-    max_sessions: Annotated[int | None, typer.Option(min=0, help="Most open sessions.")] = None,
+    max_sessions: Annotated[int | None, typer.Option(min=0, max=4096, help="Most open sessions.")] = None,
     queue: Annotated[int, typer.Option(min=0, help="Executions that may wait; more get 429.")] = 1000,
-    wall: Annotated[float, typer.Option(min=0.01, help="Default wall clock limit, seconds.")] = 5.0,
-    memory: Annotated[int, typer.Option(min=16, help="Default memory limit, MiB.")] = 512,
-    max_wall: Annotated[float, typer.Option(min=0.01, help="Most seconds that a request may ask for.")] = 300.0,
-    max_memory: Annotated[int, typer.Option(min=16, help="Most MiB that a request may ask for.")] = 16384,
-    drain: Annotated[float, typer.Option(min=0, help="Seconds that running work gets after SIGTERM.")] = 30.0,
+    wall: Annotated[float, typer.Option(min=0.01, max=MOST_S, help="Default wall clock limit, seconds.")] = 5.0,
+    memory: Annotated[int, typer.Option(min=16, max=MOST_MIB, help="Default memory limit, MiB.")] = 512,
+    max_wall: Annotated[
+        float, typer.Option(min=0.01, max=MOST_S, help="Most seconds that a request may ask for.")
+    ] = 300.0,
+    max_memory: Annotated[int, typer.Option(min=16, max=MOST_MIB, help="Most MiB that a request may ask for.")] = 16384,
+    drain: Annotated[
+        float, typer.Option(min=0, max=MOST_S, help="Seconds that running work gets after SIGTERM.")
+    ] = 30.0,
     allow_unconfined: Annotated[bool, typer.Option(help="Serve without isolation when no tier holds.")] = False,
 ) -> None:
     """Serve the sandbox over HTTP: native API, SandboxFusion's endpoints, metrics (docs/sandbox-api.md)."""
@@ -387,6 +403,9 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("interrupted")
         raise SystemExit(130) from None
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _our_failures() -> tuple[type[Exception], ...]:

@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import Any
 
 from retool.console import console, errors, table
 from retool.errors import UserError
+from sandbox.profiles import AUTO, available
 from sandbox.tools import capability_table, run_once
 from sandbox.types import Limits, Status
 
 
 def run_code(code: str, profile: str, wall: float, memory: int) -> int:
     """Run once; the code's output goes to our output. Returns the exit code."""
-    if profile not in ("py-bare", "py-math"):
-        raise UserError(f"--profile {profile!r}: choose py-bare or py-math")
+    known = (AUTO, *available())
+    if profile not in known:
+        raise UserError(f"--profile {profile!r}: choose from {', '.join(known)}")
     result = asyncio.run(run_once(code, profile=profile, limits=Limits(wall_s=wall, cpu_s=wall, memory_mb=memory)))
-    sys.stdout.write(result.stdout)
-    sys.stderr.write(result.stderr)
-    if result.exception is not None and result.exception.traceback not in result.stderr:
-        sys.stderr.write(result.exception.traceback)
+    said = result.stderr
+    if result.exception is not None and result.exception.traceback not in said:
+        said += result.exception.traceback
+    if said and not said.endswith("\n"):
+        said += "\n"
+    _write(sys.stdout, result.stdout)
+    _write(sys.stderr, said)
     if result.status is not Status.OK:
         errors.print(f"{result.status.value} after {result.usage.wall_ms:.0f} ms ({result.isolation})", markup=False)
     return 0 if result.ok else 1
+
+
+def _write(stream: Any, text: str) -> None:
+    """All of it, as far as the terminal can show it. Ends the command where nobody takes it."""
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in the buffer goes there
+        if not isinstance(error, BrokenPipeError):
+            errors.print(f"the output cannot be written: {error.strerror}", markup=False)
+        raise SystemExit(1) from None
 
 
 def serve_forever(**values: Any) -> None:

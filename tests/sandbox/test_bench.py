@@ -45,11 +45,15 @@ def test_parts_are_measured_one_at_a_time_and_kept(tmp_path: Path) -> None:
         (["--update", "--output", "{nonsense}"], "no report of this command"),
         (["--part", "lunch"], "choose from embedded, http"),
         (["--tier", "best"], "choose from ns"),
+        (["--output", "{folder}"], "that is a folder"),
+        (["--output", "/proc/report.json"], "/proc/report.json"),
+        (["--vs", "nonsense"], "write a URL"),
+        (["--vs", "http://127.0.0.1:1", "--part", "sessions"], "--part http"),
     ],
 )
 def test_what_cannot_be_measured_is_said_in_a_line(options: list[str], words: str, tmp_path: Path) -> None:
     nonsense = tmp_path / "nonsense.json"
     nonsense.write_text("{}")
-    found = bench(*(option.format(nonsense=nonsense) for option in options))
+    found = bench(*(option.format(nonsense=nonsense, folder=tmp_path) for option in options))
     assert found.returncode == 2
     assert words in found.stderr and "Traceback" not in found.stderr

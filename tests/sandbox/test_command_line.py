@@ -1,0 +1,73 @@
+"""`retool sandbox run` and `serve`: what they take, what they refuse, and where their output goes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.sandbox.serving import ROOT
+
+
+def sandbox(*options: str, **more: object) -> subprocess.CompletedProcess[str]:
+    """Run `retool sandbox ...` to its end."""
+    command = [sys.executable, "-m", "retool", "sandbox", *options]
+    where = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+    return subprocess.run(command, cwd=ROOT, text=True, timeout=60, **where)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["run", "1", "--wall", "inf"],
+        ["run", "1", "--wall", "nan"],
+        ["run", "1", "--memory", "99999999999"],
+        ["run", "1", "--profile", "py-nonsense"],
+        ["serve", "--workers", "100000"],
+        ["serve", "--max-sessions", "100000000"],
+        ["serve", "--wall", "inf"],
+        ["serve", "--max-wall", "inf"],
+        ["serve", "--uds-mode", "rw-"],
+    ],
+)
+def test_nonsense_is_refused_in_a_few_lines(options: list[str]) -> None:
+    done = sandbox(*options)
+    assert done.returncode == 2 and options[-2] in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12
+
+
+def test_code_from_standard_input_may_begin_with_a_mark(tmp_path: Path) -> None:
+    file = tmp_path / "code.py"
+    file.write_bytes(b"\xef\xbb\xbfprint('\xc3\xa4')")
+    with file.open() as code:
+        done = sandbox("run", "-", "--profile", "auto", stdin=code)
+    assert (done.returncode, done.stdout) == (0, "ä\n"), done.stderr
+
+
+def test_output_that_the_terminal_cannot_show_is_escaped() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = sandbox("run", "print('\\u03c0')", "--profile", "py-bare", env=environment)
+    assert (done.returncode, done.stdout) == (0, "\\u03c0\n"), done.stderr
+
+
+@pytest.mark.parametrize("closed", ["pipe", "full"])
+def test_output_that_nobody_takes_is_no_traceback(closed: str) -> None:
+    if closed == "pipe":
+        near, far = os.pipe()
+        os.close(near)
+    else:
+        far = os.open("/dev/full", os.O_WRONLY)
+    try:
+        done = sandbox("run", "print('x' * 10000)", "--profile", "py-bare", stdout=far)
+    finally:
+        os.close(far)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_what_was_rejected_ends_its_line() -> None:
+    done = sandbox("run", "-", input="#" * (2 << 20))
+    assert done.returncode == 1 and done.stderr.startswith("code of")
+    assert done.stderr.splitlines()[1].startswith("rejected")
