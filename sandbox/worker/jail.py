@@ -79,7 +79,7 @@ class Confinement:
         for fd in (JOB, REPORT):  # taken, so that nothing that comes in gets these numbers
             os.dup2(_NULL, fd, inheritable=False)
         if self._tier.seccomp:
-            self._filter = seccomp.Filter(self._tier.deny_fork, INIT_SEES_CHILD_AS)
+            self._filter = seccomp.Filter(self._tier.deny_fork, self._tier.namespaces, INIT_SEES_CHILD_AS)
         self._calls = self._list()
 
     @staticmethod

@@ -88,6 +88,7 @@ class Zygote:
         self.poller.register(control, select.POLLIN)
         if jail.tier.seccomp:
             seccomp.prepare(stage.CPU_LIMIT_LOCK)
+            socket.socket.sendmsg = stage.sendmsg  # type: ignore[assignment, method-assign]
         if jail.tier.namespaces:
             stage.set_home(jail.workdir(0))
         self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if jail.tier.namespaces else -1
