@@ -49,6 +49,7 @@ _PAIRS = """
 attempt("datagram pair", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM))
 attempt("packet pair", lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
 pair = socket.socketpair()
+attempt("send an urgent byte", lambda: pair[0].send(b"x", socket.MSG_OOB))
 reach("connect a pair's end elsewhere", "connect", pair[0].fileno(), b"\\1\\0\\0battery", 10)
 reach("bind a pair's end", "bind", pair[0].fileno(), b"\\1\\0\\0battery%d" % os.getpid(), 15)
 reach("listen on a pair's end", "listen", pair[0].fileno(), 1)

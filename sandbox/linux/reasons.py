@@ -26,9 +26,7 @@ REASONS: dict[str, str] = {
         "fdatasync sync_file_range readahead fadvise64 cachestat flock dup dup2 dup3 pipe pipe2"
     ),
     "stream pairs of one's own (no other socket can be made): asyncio and multiprocessing talk over them. Not sendmsg: "
-    "it passes descriptors": (
-        "sendto recvmsg recvmmsg recvfrom shutdown getsockname getpeername getsockopt setsockopt"
-    ),
+    "it passes descriptors": ("recvmsg recvmmsg recvfrom shutdown getsockname getpeername getsockopt setsockopt"),
     "waiting": (
         "select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd "
         "eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime pause nanosleep clock_nanosleep "

@@ -93,6 +93,8 @@ def _argument_rules(pid: int, deny_fork: bool, pidfds: bool) -> dict[str, Rule]:
         "io_uring_register": [missing],
         # AF_UNIX stream pairs only: a datagram end could be re-addressed to somebody else's socket.
         "socketpair": [_arg(0), (_JEQ, 0, 4, 1), _arg(1), (_AND, 0, 0, 0xF), (_JEQ, 0, 1, 1), allow, deny],
+        # Not MSG_OOB: no ordinary code sends urgent bytes, and they have been a hole in the kernel.
+        "sendto": [_arg(3), (_JSET, 0, 1, 1), deny, allow],
         # SIGKILL: to other groups only. A single number might be one of our own threads, and killing that kills us:
         # tgkill names the process as well, so it alone may kill others one by one (the runner's os.kill uses it).
         "kill": [

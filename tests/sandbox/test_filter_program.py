@@ -81,6 +81,8 @@ def test_calls_are_judged_by_their_arguments(machine: str) -> None:
         ("socketpair", (1, 1), ALLOW),
         ("socketpair", (1, 2), EPERM),
         ("socketpair", (2, 1), EPERM),
+        ("sendto", (0, 0, 1, 0x4000), ALLOW),
+        ("sendto", (0, 0, 1, 0x4001), EPERM),  # MSG_OOB
         ("kill", (PID, 15), ALLOW),
         ("kill", (PID, 9), EPERM),
         ("kill", (-PID, 9), EPERM),

@@ -181,3 +181,28 @@ print(open("b").read())
 """
     copy = "copyfile" if box.tier == "self" else "copy2"  # times and modes cannot be set in tier `self`
     assert (await box.exec(code.replace("COPY", copy))).stdout == "95 95 95 95 95 95 text\n"
+
+
+LEAVE = """
+import fcntl, os, struct
+fcntl.flock(0, fcntl.LOCK_EX)
+fcntl.fcntl(0, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 1000, 7, 0))
+fcntl.fcntl(0, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND)
+print("left")
+"""
+FIND = """
+import fcntl, os, struct
+mine = os.open("/dev/null", os.O_RDWR)
+found = fcntl.fcntl(mine, fcntl.F_OFD_GETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 1000, 7, 0))
+fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+print(struct.unpack_from("h", found)[0] == fcntl.F_UNLCK, fcntl.fcntl(0, fcntl.F_GETFL) & (os.O_NONBLOCK | os.O_APPEND))
+"""
+
+
+async def test_standard_input_holds_nothing_of_an_earlier_run(box: LocalSandbox) -> None:
+    """An open file that all runs were given would keep locks and flags from one to the next."""
+    async with box.session() as session:
+        assert (await session.exec(LEAVE)).stdout == "left\n"
+    assert (await box.exec(LEAVE)).stdout == "left\n"
+    for _ in range(4):  # those that were ready by then as well
+        assert (await box.exec(FIND)).stdout == "True 0\n"
