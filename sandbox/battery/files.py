@@ -102,7 +102,7 @@ attempt("the environment of process 1", lambda: read(f"/proc/{first}/environ"))
 attempt("the memory of process 1", lambda: os.open(f"/proc/{first}/mem", os.O_RDWR))
 """
 _ENVIRONMENT = """
-allowed = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME", "TMPDIR", "PWD", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE"}
+allowed = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME", "TMPDIR", "PWD", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "MALLOC_ARENA_MAX"}
 extra = [n for n in os.environ if n not in allowed and not n.endswith("_NUM_THREADS") and n != "VECLIB_MAXIMUM_THREADS"]
 if told["unconfined"]:
     os.environ["BATTERY_TOKEN"] = "x"

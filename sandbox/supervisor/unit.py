@@ -23,8 +23,9 @@ from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
 from sandbox.types import Limits, SandboxInfraError
 
-EAGER = {"LD_BIND_NOW": "1"}
-"""For a warm unit: libraries are linked once, and not in every child anew as it comes to call their functions."""
+LIBC = {"LD_BIND_NOW": "1", "MALLOC_ARENA_MAX": "1"}
+"""For a warm unit: libraries are linked once, and not in every child anew as it comes to call their functions; and
+threads share one heap, where each would reserve 64 MiB of a limited address space."""
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 SPAWN_TIMEOUT_S = 20.0
 WARM_TIMEOUT_S = 60.0
@@ -126,7 +127,7 @@ class Unit:
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(  # noqa: ASYNC220 (a vfork; milliseconds)
                 [sys.executable, "-s", "-P", str(BOOT), "warden", json.dumps(config)],
-                env={**CLEAN_ENVIRONMENT, **EAGER},
+                env={**CLEAN_ENVIRONMENT, **LIBC},
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,

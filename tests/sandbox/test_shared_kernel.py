@@ -206,3 +206,26 @@ async def test_standard_input_holds_nothing_of_an_earlier_run(box: LocalSandbox)
     assert (await box.exec(LEAVE)).stdout == "left\n"
     for _ in range(4):  # those that were ready by then as well
         assert (await box.exec(FIND)).stdout == "True 0\n"
+
+
+THREADS = """
+import threading
+everybody = threading.Barrier(12)
+def work():
+    blocks = [bytes(1000) for _ in range(1000)]
+    everybody.wait(5)
+    done.append(len(blocks))
+done = []
+threads = [threading.Thread(target=work) for _ in range(12)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(sum(done))
+"""
+
+
+async def test_threads_fit_into_the_memory_of_a_run(box: LocalSandbox) -> None:
+    """libc would reserve 64 MiB for each that allocates; a program that is started has the same limit."""
+    assert (await box.exec(THREADS)).stdout == "12000\n"
+    if box.tier != "self":
+        started = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {THREADS!r}], timeout=15)"
+        assert (await box.exec(started)).stdout == "12000\n"
