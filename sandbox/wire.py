@@ -14,6 +14,7 @@ PACKET = struct.Struct("!cQqqqq")
 """kind, id, and four numbers whose meaning depends on the kind."""
 MAX_FDS = 8
 _SPACE = socket.CMSG_SPACE(MAX_FDS * array.array("i").itemsize)
+_SENDMSG = socket.socket.sendmsg  # the zygote replaces it for those that it forks
 
 SPAWN = b"S"
 """To the zygote: fork a child. numbers: uid, 1 to join a control group. fds: job, stdout, stderr, report[, pidfd of its
@@ -44,7 +45,7 @@ def send_packet(
     """Send one packet on a `SOCK_SEQPACKET` socket."""
     payload = PACKET.pack(kind, ident, *(*numbers, 0, 0, 0, 0)[:4])
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg([payload], ancillary)
+    _SENDMSG(sock, [payload], ancillary)
 
 
 def receive_packet(sock: socket.socket, flags: int = 0) -> tuple[bytes, int, tuple[int, ...], list[int]] | None:

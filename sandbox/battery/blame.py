@@ -73,10 +73,6 @@ def lower_other():
     while True:
         pass
 fatal("lower the CPU limit by prlimit", lower_other)
-def parents_death():
-    checked(libc.prctl(1, 9, 0, 0, 0))
-    if os.fork():
-        time.sleep(60)
 attempt("ask for SIGKILL at the parent's death", lambda: checked(libc.prctl(1, 9, 0, 0, 0)))
 attempt("ask for SIGKILL as the input signal", lambda: fcntl.fcntl(0, 10, 9))
 def strict():
@@ -84,6 +80,14 @@ def strict():
     os.getpid()
     os.getppid()
 fatal("strict filter mode", strict)
+"""
+_LAST_WORD = """
+# A child may be made to announce its end with any signal.
+def by_a_childs_end():
+    if call("clone", 9, 0, 0, 0, 0) == 0:
+        os._exit(0)
+    time.sleep(0.5)
+fatal("a child whose end is a SIGKILL", by_a_childs_end)
 """
 _FORGE = """
 import json, os, sys
@@ -148,6 +152,7 @@ ATTACKS = (
     Attack("kill oneself", "own", _KILLS),
     Attack("kill oneself by a thread's id", "own", _THREAD_ID),
     Attack("be killed by a child", "own", _CHILD_KILLS, tiers={"self": ("ok", "error")}),
+    Attack("a child's end as a signal", "own", _LAST_WORD),
     Attack("other ways to a SIGKILL", "own", _TIMERS, expect=("ok", "cpu_limit")),
     Attack("forge a report, then exit", "#68", _FORGE, ("exit",), control=Control.NONE, why=_NONE, plain=True),
     Attack(

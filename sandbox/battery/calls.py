@@ -64,6 +64,7 @@ _NUMBERS: dict[str, tuple[int, int | None]] = {
     "sched_setattr": (314, 274),
     "sched_setscheduler": (144, 119),
     "seccomp": (317, 277),
+    "sendmmsg": (307, 269),
     "semget": (64, 190),
     "sethostname": (170, 161),
     "setns": (308, 268),

@@ -59,11 +59,21 @@ attempt("change a mode outside", lambda: os.chmod(path, 0o600))
 attempt("change a time outside", lambda: os.utime(path, (1, 1)))
 attempt("change an owner outside", lambda: os.chown(path, os.getuid(), os.getgid() + 0))
 attempt("set an attribute outside", lambda: os.setxattr(path, "user.battery", b"x"))
+attempt("list the attributes of a file outside", lambda: os.listxattr(path))
+attempt("read an attribute outside", lambda: os.getxattr(path, "user.battery"))
 """
 _STAT = """
 path = told["folder"] + "/victim"
 attempt("see that a file exists", lambda: os.stat(path).st_size)
 attempt("change the folder to one outside", lambda: os.chdir(told["folder"]))
+"""
+_LEASE = """
+# Whoever opens a leased file waits for the holder, the host's programs too.
+with open("own", "w") as file:
+    pass
+own = os.open("own", os.O_RDONLY)
+attempt("lease a file", lambda: fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_RDLCK))
+attempt("be told what happens in a folder", lambda: fcntl.fcntl(os.open(".", os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_CREATE))
 """
 _WATCH = """
 attempt("watch a folder outside", lambda: checked(libc.inotify_add_watch(checked(libc.inotify_init()), told["folder"].encode(), 0xFFF)))
@@ -92,7 +102,7 @@ attempt("the environment of process 1", lambda: read(f"/proc/{first}/environ"))
 attempt("the memory of process 1", lambda: os.open(f"/proc/{first}/mem", os.O_RDWR))
 """
 _ENVIRONMENT = """
-allowed = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME", "TMPDIR", "PWD", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE"}
+allowed = {"PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "HOME", "TMPDIR", "PWD", "PYTHONHASHSEED", "PYTHONDONTWRITEBYTECODE", "MALLOC_ARENA_MAX"}
 extra = [n for n in os.environ if n not in allowed and not n.endswith("_NUM_THREADS") and n != "VECLIB_MAXIMUM_THREADS"]
 if told["unconfined"]:
     os.environ["BATTERY_TOKEN"] = "x"
@@ -109,13 +119,13 @@ _DESCRIPTORS = """
 held = []
 for fd in range(3, 4096):
     try:
-        held.append((fd, os.fstat(fd).st_mode, fcntl.fcntl(fd, fcntl.F_GETFL) & 3))
+        held.append((fd, os.fstat(fd).st_mode))
     except OSError:
         pass
 if told["unconfined"]:
-    held += [(0, stat.S_IFREG, 0), (0, stat.S_IFDIR, 0)]
-others = [row for row in held if not (stat.S_ISFIFO(row[1]) and row[2] == os.O_WRONLY)]
-say("did" if others else "refused", "inherit a descriptor other than the report pipe", others)
+    held += [(0, stat.S_IFREG), (0, stat.S_IFDIR)]
+others = [row for row in held if not stat.S_ISSOCK(row[1])]
+say("did" if others else "refused", "inherit a descriptor other than the report", others)
 say("did" if len(held) > 1 else "refused", "inherit more than one descriptor", held)
 """
 _SELF_FD = """
@@ -196,6 +206,7 @@ ATTACKS = (
             "self": ("see that a file exists", "change the folder to one outside"),
         },
     ),
+    Attack("leases and notices", "own", _LEASE),
     Attack("watch outside", "own", _WATCH),
     Attack("file handles", "own", _HANDLES),
     Attack("processes in /proc", "#24 #25 #26", _PROC),

@@ -222,6 +222,44 @@ async def _break(box: LocalSandbox, target: Target) -> list[str]:
     return lines
 
 
+_LEAVE = """
+import fcntl, os, struct
+for act in (
+    lambda: fcntl.flock(0, fcntl.LOCK_EX),
+    lambda: fcntl.fcntl(0, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 1000, 7, 0)),
+    lambda: fcntl.fcntl(0, fcntl.F_SETFL, os.O_NONBLOCK | os.O_APPEND),
+):
+    act()
+"""
+_FIND = """
+import fcntl, os, struct, time
+mine = os.open("/dev/null", os.O_RDWR)
+flags = fcntl.fcntl(0, fcntl.F_GETFL) & (os.O_NONBLOCK | os.O_APPEND)
+for _ in range(40):  # the anchor of the run before may be about to die
+    found = fcntl.fcntl(mine, fcntl.F_OFD_GETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 1000, 7, 0))
+    try:
+        fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = struct.unpack_from("h", found)[0] != fcntl.F_UNLCK
+    except BlockingIOError:
+        held = True
+    if not held:
+        break
+    time.sleep(0.05)
+print(held, flags)
+"""
+
+
+async def _messages(box: LocalSandbox, target: Target) -> list[str]:
+    """Locks and flags belong to an open file: one that all runs are given would keep them."""
+    async with box.session() as session:
+        left = [await session.exec(_LEAVE)]
+    left.append(await box.exec(_LEAVE))
+    found = [(await box.exec(_FIND)).stdout for _ in range(5)]
+    seen = [text for text in found if text != "False 0\n"]
+    lines = [f"did fail to leave a message: {result.status}" for result in left if not result.ok]
+    return [*lines, f"{'did' if seen else 'refused'} find what an earlier run left at standard input: {seen}"]
+
+
 _WHY = "there is no interface without the sandbox"
 ATTACKS = (
     Attack("paths of files", "#32 #60", act=_bad_paths, control=Control.NONE, why=_WHY),
@@ -229,5 +267,6 @@ ATTACKS = (
     Attack("swap a file while it is fetched", "#30", act=_race, control=Control.NONE, why=_WHY),
     Attack("fork with a thread", "#67", act=_fork_with_threads, control=Control.NONE, why=_WHY),
     Attack("abandoned sessions", "#69", act=_abandon, control=Control.NONE, why=_WHY),
+    Attack("messages at standard input", "own", act=_messages, control=Control.NONE, why=_WHY),
     Attack("a session that breaks itself", "#68 own", act=_break, control=Control.NONE, why=_WHY),
 )

@@ -81,9 +81,34 @@ while time.monotonic() < end:
     time.sleep(0.1)
 say("did" if signalled else "refused", "signal a neighbour", signalled)
 """
+_QUOTA = """
+# What all pipes of a kernel user hold together is limited; beyond it new ones are small.
+held = []
+def enlarge():
+    for _ in range(3 if told["unconfined"] else 100):  # the control runs at the same time, perhaps as the same user
+        held.append(os.pipe())
+        fcntl.fcntl(held[-1][1], 1031, 1 << 20)
+attempt("enlarge pipes", enlarge)
+time.sleep(2)
+"""
+_PIPES = (
+    PRELUDE
+    + """
+end = time.monotonic() + 1.5
+while time.monotonic() < end:
+    pipe = os.pipe()
+    if fcntl.fcntl(pipe[1], 1032) < 65536 and not told["unconfined"]:
+        say("did", "leave a neighbour only small pipes")
+        break
+    os.close(pipe[0])
+    os.close(pipe[1])
+    time.sleep(0.05)
+"""
+)
 
 _LONG = replace(LIMITS, wall_s=20)
 ATTACKS = (
     Attack("a neighbour's files", "#27 #35", _SEARCH, neighbour=_HIDER, limits=_LONG),
     Attack("a neighbour's processes", "#43 own", _SIGNAL, neighbour=_VICTIM, limits=_LONG),
+    Attack("a neighbour's pipes", "own", _QUOTA, neighbour=_PIPES, limits=_LONG),
 )

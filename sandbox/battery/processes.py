@@ -9,6 +9,7 @@ _SIGNALS = """
 victim = told["pid"]
 attempt("signal a process outside", lambda: os.kill(victim, signal.SIGURG))
 attempt("ask whether a process outside lives", lambda: os.kill(victim, 0))
+attempt("hold a descriptor of a process outside", lambda: os.close(os.pidfd_open(victim)))
 attempt("signal the service", lambda: os.kill(told["service"], 0))
 attempt("signal a group outside", lambda: os.killpg(victim, 0))
 def by_descriptor():

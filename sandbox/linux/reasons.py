@@ -1,9 +1,10 @@
 """Why each system call of the allowlist is on it: for whoever audits the filter. A test holds both lists together.
 
-Every other call fails. Left out on purpose, beside what `seccomp.py` judges by arguments: sockets, bpf, perf, ptrace,
-another's memory, userfaultfd, keyrings, mounts and namespaces, modules and kexec, clocks, System V and POSIX queues,
-splice/tee/vmsplice, file handles, fanotify and inotify (Landlock does not hide the names that they report), priorities,
-signals with a payload, timers with a signal of one's choice, personality, and devices (mknod).
+Every other call fails. Left out on purpose, beside what `seccomp.py` judges by arguments: sockets, messages that pass
+descriptors, bpf, perf, ptrace, another's memory, userfaultfd, keyrings, mounts and namespaces, modules and kexec,
+clocks, System V and POSIX queues, splice/tee/vmsplice, file handles, fanotify and inotify (Landlock does not hide the
+names that they report), priorities, signals with a payload, timers with a signal of one's choice, personality, and
+devices (mknod).
 """
 
 from __future__ import annotations
@@ -20,16 +21,12 @@ REASONS: dict[str, str] = {
     ),
     "metadata, which Landlock does not judge: the file's owner and mode do. Not in tier `self`, where the owner may be "
     "us": ("chmod fchmod fchmodat fchmodat2 chown fchown fchownat lchown utime utimes futimesat utimensat"),
-    "attributes of files, to read only: copying tools ask for them": (
-        "getxattr fgetxattr lgetxattr listxattr flistxattr llistxattr"
-    ),
     "reading and writing what is open": (
         "read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek sendfile copy_file_range fsync "
         "fdatasync sync_file_range readahead fadvise64 cachestat flock dup dup2 dup3 pipe pipe2"
     ),
-    "stream pairs of one's own (no other socket can be made): asyncio and multiprocessing talk over them": (
-        "sendmsg sendmmsg sendto recvmsg recvmmsg recvfrom shutdown getsockname getpeername getsockopt setsockopt"
-    ),
+    "stream pairs of one's own (no other socket can be made): asyncio and multiprocessing talk over them. Not sendmsg: "
+    "it passes descriptors": ("recvmsg recvmmsg recvfrom shutdown getsockname getpeername getsockopt setsockopt"),
     "waiting": (
         "select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd "
         "eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime pause nanosleep clock_nanosleep "
@@ -42,7 +39,7 @@ REASONS: dict[str, str] = {
     ),
     "processes and threads of one's own: RLIMIT_NPROC counts them, and all die with the run. Executed programs keep "
     "the filter and every other wall": (
-        "fork vfork execve execveat exit exit_group wait4 waitid pidfd_open set_tid_address set_robust_list "
+        "fork vfork execve execveat exit exit_group wait4 waitid set_tid_address set_robust_list "
         "get_robust_list rseq arch_prctl setpgid getpgid getpgrp setsid getsid"
     ),
     "taking another id: without capabilities only the one that one has": (

@@ -23,8 +23,9 @@ from sandbox.supervisor.settings import CLEAN_ENVIRONMENT, Settings
 from sandbox.tiers import Tier
 from sandbox.types import Limits, SandboxInfraError
 
-EAGER = {"LD_BIND_NOW": "1"}
-"""For a warm unit: libraries are linked once, and not in every child anew as it comes to call their functions."""
+LIBC = {"LD_BIND_NOW": "1", "MALLOC_ARENA_MAX": "1"}
+"""For a warm unit: libraries are linked once, and not in every child anew as it comes to call their functions; and
+threads share one heap, where each would reserve 64 MiB of a limited address space."""
 BOOT = Path(__file__).resolve().parent.parent / "boot.py"
 SPAWN_TIMEOUT_S = 20.0
 WARM_TIMEOUT_S = 60.0
@@ -101,7 +102,6 @@ class Unit:
         self._process: subprocess.Popen[bytes] | None = None
         self._sockets: list[socket.socket] = []
         self._cells: list[Cell] = []
-        self._lifeline = -1  # anchors end when it closes
         self._errors = Path(settings.work_root) / f"unit-{tier.name}-{id(self)}.log"
 
     @property
@@ -113,7 +113,6 @@ class Unit:
         """Start warden and zygote and wait until warm. Raises `UnitFailed`."""
         warden, warden_far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         zygote, zygote_far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        lifeline, self._lifeline = os.pipe2(os.O_CLOEXEC)
         config = {
             "tier": self.tier.name,
             "profile": self.settings.profile,
@@ -124,21 +123,19 @@ class Unit:
             "work_root": self.settings.work_root,
             "warden_fd": warden_far.fileno(),
             "zygote_fd": zygote_far.fileno(),
-            "lifeline": lifeline,
         }
         with self._errors.open("wb") as errors:
             self._process = subprocess.Popen(  # noqa: ASYNC220 (a vfork; milliseconds)
                 [sys.executable, "-s", "-P", str(BOOT), "warden", json.dumps(config)],
-                env={**CLEAN_ENVIRONMENT, **EAGER},
+                env={**CLEAN_ENVIRONMENT, **LIBC},
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
-                pass_fds=(warden_far.fileno(), zygote_far.fileno(), lifeline),
+                pass_fds=(warden_far.fileno(), zygote_far.fileno()),
                 cwd="/",
             )
         warden_far.close()
         zygote_far.close()
-        os.close(lifeline)
         self._sockets = [warden, zygote]
         warm = self._expect(wire.READY, 0)
         loop = asyncio.get_running_loop()
@@ -224,9 +221,6 @@ class Unit:
             if sock.fileno() >= 0:
                 asyncio.get_running_loop().remove_reader(sock.fileno())
                 sock.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
 
     async def _ask(
         self, sock: int, kind: bytes, reply: bytes, ident: int, numbers: tuple[int, ...] = (), fds: tuple[int, ...] = ()
@@ -250,9 +244,9 @@ class Unit:
         Raises `SandboxInfraError` (spawn_failed, jail_failed).
         """
         ident = next(_IDENTS)
-        pipes = [os.pipe2(os.O_CLOEXEC) for _ in range(3)]
-        (out_r, out_w), (err_r, err_w), (rep_r, rep_w) = pipes
-        job_w, job_r = (end.detach() for end in socket.socketpair())  # a socket, because sessions are sent descriptors
+        (out_r, out_w), (err_r, err_w) = (os.pipe2(os.O_CLOEXEC) for _ in range(2))
+        job_w, job_r = _socket_pair()  # because sessions are sent descriptors
+        rep_r, rep_w = _socket_pair()  # because it is the anchor's stream as well
         child = Child(ident, job_w, out_r, err_r, rep_r, uid, group=group)
         self._children[ident] = child
         try:
@@ -378,6 +372,11 @@ class Unit:
                 process.kill()
                 await asyncio.to_thread(process.wait)
         self._errors.unlink(missing_ok=True)
+
+
+def _socket_pair() -> tuple[int, int]:
+    near, far = socket.socketpair()
+    return near.detach(), far.detach()
 
 
 def _kill(pidfd: int) -> None:

@@ -5,8 +5,10 @@ milliseconds for an interpreter. While an anchor shares the memory, the wait sta
 with the anchor, which is killed with everything else of the run when nobody waits any more.
 
 The anchor runs one libc function, `getc_unlocked` on a stream of its own, on a stack of its own, deaf to all signals
-but SIGKILL. The stream is the unit's lifeline: a pipe that nobody writes to and whose far end the supervisor holds, so
-that no anchor outlives it. `wait` does not find an anchor, because it sends no signal when it ends. A session has none.
+but SIGKILL. The stream is the run's report: the supervisor holds the far end and never writes to it, so that all that
+ever comes is its end, and no anchor outlives the supervisor. It is a socket of this run alone, because user code can do
+to an anchor what it likes, and one that can be opened again, like a pipe in /proc, could be written to. `wait` does not
+find an anchor, because it sends no signal when it ends. A session has none.
 """
 
 from __future__ import annotations
@@ -25,23 +27,23 @@ _WALL = 0x40000000
 
 
 class Anchor:
-    """Made in the zygote; `drop` is called in each child. `lifeline` is the descriptor, the same number in both."""
+    """Made in the zygote; `drop` is called in each child. `stream`: a descriptor that can be read, the same number in
+    both."""
 
-    def __init__(self, lifeline: int) -> None:
+    def __init__(self, stream: int) -> None:
         # Private: by default it would be one piece of memory for all children, and one run could write on the stacks
         # of the others' anchors.
         self._memory = mmap.mmap(-1, _STACK + _BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         base = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
-        self._stream = sys_.read_stream(lifeline, base + _STACK, _BUFFER)
+        self._stream = sys_.read_stream(stream, base + _STACK, _BUFFER)
         self._top = ctypes.c_void_p(base + _STACK)
         all_signals, before = (ctypes.c_uint64 * 1)(2**64 - 1), (ctypes.c_uint64 * 1)()
         self._deaf, self._after = Calls(), Calls()
         self._deaf.add("rt_sigprocmask", signal.SIG_SETMASK, all_signals, before, 8)
         self._after.add("rt_sigprocmask", signal.SIG_SETMASK, before, 0, 8)
-        self._after.add("close", lifeline)
 
     def drop(self) -> int:
-        """Start the anchor and let go of the lifeline; the anchor's process id, or -1."""
+        """Start the anchor; its process id, or -1."""
         self._deaf.perform()
         try:
             return sys_.clone_reader(self._top, self._stream)

@@ -22,11 +22,10 @@ JAIL_ID = 1000
 INIT_SEES_CHILD_AS = 2
 """In its own process namespace the init is 1 and the child is the next: nearly always."""
 
-LIFELINE, JOB, REPORT = 512, 513, 514
-"""Numbers of the descriptors that a confined child keeps besides 0, 1 and 2: its anchor's stream, where the job comes
-from, where it answers. High, because descriptors are listed by the kernel up to the highest, and ordinary code opens
-low ones."""
-_NULL, _SINK, _PROC, _RULES = 515, 516, 517, 518  # kept open by the zygote for the calls below; the last count upwards
+JOB, REPORT = 512, 513
+"""Numbers of the descriptors that a confined child keeps besides 0, 1 and 2: where the job comes from, and where it
+answers. High, because descriptors are listed by the kernel up to the highest, and ordinary code opens low ones."""
+_SINK, _PROC, _RULES = 514, 515, 516  # kept open by the zygote for the calls below; the last count upwards
 _LAST = 0xFFFFFFFF
 _LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_MEMLOCK, 0))
 
@@ -73,13 +72,12 @@ class Confinement:
         self._job, self._stdout, self._stderr, self._report, self._group, self._uid = (Slot() for _ in range(6))
         self._workdir = ctypes.create_string_buffer(os.fsencode(jail.workdir(0)), 4096)
         self._rules = _RULES
-        self._keep("/dev/null", _NULL, os.O_RDONLY)
+        for fd in (JOB, REPORT):  # taken, so that nothing that comes in gets these numbers
+            self._keep("/dev/null", fd, os.O_RDONLY)
         self._keep("/dev/null", _SINK, os.O_WRONLY)
         self._keep("/proc", _PROC, os.O_PATH)
-        for fd in (JOB, REPORT):  # taken, so that nothing that comes in gets these numbers
-            os.dup2(_NULL, fd, inheritable=False)
         if self._tier.seccomp:
-            self._filter = seccomp.Filter(self._tier.deny_fork, INIT_SEES_CHILD_AS)
+            self._filter = seccomp.Filter(self._tier.deny_fork, self._tier.namespaces, INIT_SEES_CHILD_AS)
         self._calls = self._list()
 
     @staticmethod
@@ -129,20 +127,22 @@ class Confinement:
             self._privileges(calls)
             if landlock.abi() or self._tier.landlock:
                 self._landlock(calls)
-        first = JOB if self._tier.deny_fork else LIFELINE
-        calls.add("close_range", 3, first - 1, 0)
+        calls.add("close_range", 3, JOB - 1, 0)
         calls.add("close_range", REPORT + 1, _LAST, 0)
         return calls
 
     def _descriptors(self, calls: Calls) -> None:
         """Each to its place, first of all the one that failures are reported to; what the zygote has open besides, and
-        the calls below do not use, is closed."""
+        the calls below do not use, is closed. No open file is shared with another child: flags and locks, which belong
+        to it, would be messages from one run to the next."""
         for slot, fd in ((self._report, REPORT), (self._job, JOB)):
             calls.add("dup3", slot, fd, os.O_CLOEXEC, returns=fd)
         calls.add("write", self._group, b"0", 1, says="joining the control group")
-        for fd, source in ((0, _NULL), (1, self._stdout), (2, self._stderr)):
+        calls.add("close", 0)
+        calls.add("openat", AT_FDCWD, b"/dev/null", os.O_RDONLY, returns=0, says="open /dev/null")
+        for fd, source in ((1, self._stdout), (2, self._stderr)):
             calls.add("dup3", source, fd, 0, returns=fd)
-        calls.add("close_range", 3, LIFELINE - 1, 0)
+        calls.add("close_range", 3, JOB - 1, 0)
 
     def _namespaces(self, calls: Calls) -> None:
         """Own work folder and /proc, then a user namespace of its own: RLIMIT_NPROC counts per namespace and user.
@@ -158,7 +158,7 @@ class Confinement:
         calls.otherwise("mount", b"tmpfs", b"/proc", b"tmpfs", flags | sys_.MS_RDONLY, b"size=4k,mode=555")
         calls.add("unshare", sys_.CLONE_NEWUSER, says="unshare(user)")
         for name, text in _id_maps(JAIL_ID, os.geteuid(), os.getegid()):
-            # The first number that is free: everything up to the lifeline has just been closed.
+            # The first number that is free: everything up to the job has just been closed.
             calls.add("openat", _PROC, f"self/{name}".encode(), os.O_WRONLY | os.O_CLOEXEC, returns=3, says=name)
             calls.add("write", 3, text.encode(), len(text), returns=len(text), says=f"write {name}")
             calls.add("close", 3)

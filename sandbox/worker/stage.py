@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import errno
 import io
 import os
 import random
 import resource
+import socket
 import sys
 import types
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,6 +98,15 @@ def fresh_streams() -> CountingFile:
     for name in ("stdout", "stderr"):
         setattr(sys, f"__{name}__", getattr(sys, name))
     return raw
+
+
+def sendmsg(
+    sock: socket.socket, buffers: Iterable[Any], ancillary: Iterable[Any] = (), flags: int = 0, address: Any = None, /
+) -> int:
+    """`socket.sendmsg` where the filter refuses it, without what can be passed in it: asyncio writes this way."""
+    if [*ancillary] or address is not None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    return sock.send(b"".join(buffers), flags)
 
 
 def set_home(folder: str) -> None:

@@ -222,7 +222,7 @@ def _kill_as(uid: int) -> None:
 
 def main(config: dict[str, Any]) -> int:
     """Run a unit. `config`: tier, profile, python_paths, module_paths, uid, tmp_mb, work_root, numbers of
-    two sockets and of the lifeline."""
+    two sockets."""
     control = socket.socket(fileno=config["warden_fd"])
     zygote_control = socket.socket(fileno=config["zygote_fd"])
     tier = BY_NAME[config["tier"]]
@@ -250,7 +250,6 @@ def main(config: dict[str, Any]) -> int:
         control.close()
         _zygote(zygote_control, jail, config)
     zygote_control.close()
-    os.close(config["lifeline"])
     os.set_inheritable(control.fileno(), False)
     Warden(control, tier, pid, config["work_root"]).serve()
     return 0
@@ -264,7 +263,7 @@ def _zygote(control: socket.socket, jail: Jail, config: dict[str, Any]) -> NoRet
         stand = warm(PROFILES[config["profile"]])
         base = address_space()
         wire.send_packet(control, wire.READY, 0, (base, int(Path("/proc/self").readlink().name), threads()))
-        Zygote(control, jail, base, config["lifeline"], stand).serve()
+        Zygote(control, jail, base, stand).serve()
     except BaseException as error:
         print(json.dumps({"step": f"warming up: {type(error).__name__}: {error}"}), file=sys.stderr, flush=True)
     finally:

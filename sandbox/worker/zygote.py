@@ -22,7 +22,7 @@ from sandbox.linux import syscalls as sys_
 from sandbox.profiles import Profile
 from sandbox.worker import branch, runner, stage
 from sandbox.worker.anchor import Anchor
-from sandbox.worker.jail import JOB, LIFELINE, REPORT, Confinement, Jail
+from sandbox.worker.jail import JOB, REPORT, Confinement, Jail
 from sandbox.worker.memory import collapse_heap, fill_heap, fill_pools
 
 
@@ -74,20 +74,19 @@ _REHEARSALS = 16  # the interpreter optimises what it has run eight times
 class Zygote:
     """Forks children and reports how they ended."""
 
-    def __init__(self, control: socket.socket, jail: Jail, base_bytes: int, lifeline: int, stand: stage.Stand) -> None:
+    def __init__(self, control: socket.socket, jail: Jail, base_bytes: int, stand: stage.Stand) -> None:
         self.control = control
         self.jail = jail
         self.base_bytes = base_bytes
         self.stand = stand
-        os.dup2(lifeline, LIFELINE, inheritable=False)
-        os.close(lifeline)
-        self.anchor = None if jail.tier.deny_fork else Anchor(LIFELINE)
         self.confinement = Confinement(jail)
+        self.anchor = None if jail.tier.deny_fork else Anchor(REPORT)
         self.children: dict[int, tuple[int, int]] = {}  # pidfd -> (id, pid)
         self.poller = select.poll()
         self.poller.register(control, select.POLLIN)
         if jail.tier.seccomp:
             seccomp.prepare(stage.CPU_LIMIT_LOCK)
+            socket.socket.sendmsg = stage.sendmsg  # type: ignore[assignment, method-assign]
         if jail.tier.namespaces:
             stage.set_home(jail.workdir(0))
         self.own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC) if jail.tier.namespaces else -1

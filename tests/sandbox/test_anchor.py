@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from sandbox import Limits, LocalSandbox, Status
+from sandbox.worker.jail import JOB, REPORT
 from tests.sandbox.conftest import processes
 
 OTHERS = "import os\nothers = [int(p) for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())]\n"
@@ -71,6 +72,30 @@ async def test_no_memory_is_shared_between_runs() -> None:
     async with LocalSandbox("py-bare", Limits(wall_s=10), tier="ns") as box, box.session() as session:
         assert (await box.exec(code)).stdout == "[]\n"
         assert (await session.exec(code)).stdout == "[]\n"
+
+
+async def test_it_holds_nothing_that_another_run_has() -> None:
+    """User code can make it do anything with its descriptors, and open again what is not a socket."""
+    code = (
+        OTHERS + "import ctypes, errno, stat, time\nctypes.CDLL(None).prctl(4, 1, 0, 0, 0)\n"
+        "for name in sorted(os.listdir(f'/proc/{others[0]}/fd'), key=int):\n"
+        "  path = f'/proc/{others[0]}/fd/{name}'\n  found = os.stat(path)\n"
+        "  try: os.open(path, os.O_RDWR | os.O_NONBLOCK); again = 'again'\n"
+        "  except OSError as error: again = errno.errorcode[error.errno]\n"
+        "  kind = {stat.S_IFCHR: 'device', stat.S_IFSOCK: 'socket'}.get(stat.S_IFMT(found.st_mode), 'pipe')\n"
+        "  print(name, kind, again if kind != 'pipe' else '', found.st_ino if kind != 'device' else '')\n"
+        "time.sleep(1)"
+    )
+    async with LocalSandbox("py-bare", Limits(wall_s=10), workers=2, tier="ns") as box:
+        results = await asyncio.gather(box.exec(code), box.exec(code))
+    rows = [[line.split() for line in result.stdout.splitlines()] for result in results]
+    for found in rows:
+        assert [row[:2] for row in found] == [["0", "device"], ["1", "pipe"], ["2", "pipe"]] + [
+            [str(number), "socket"] for number in (JOB, REPORT)
+        ], results
+        assert [row[2] for row in found[3:]] == ["ENXIO", "ENXIO"]
+    inodes = [{row[-1] for row in found[1:]} for found in rows]
+    assert len(inodes[0]) == len(inodes[1]) == 4 and not inodes[0] & inodes[1]
 
 
 async def test_a_session_has_none() -> None:

@@ -59,6 +59,26 @@ HOLES = {
         ("linux/numbers.py", '    "access": 21,\n', '    "access": 21, "kcmp": 312, "ptrace": 101,\n'),
         "trace, read",
     ),
+    "seccomp: a child's end may be any signal": (
+        ("linux/seccomp.py", "(_JEQ, 1, 0, _SIGCHLD), deny)", "(_JEQ, 1, 0, _SIGCHLD), allow)"),
+        "a child's end",
+    ),
+    "seccomp: pipes may be enlarged": (
+        ("linux/seccomp.py", "    1032,  # F_GETPIPE_SZ", "    *(1031, 1032),  # F_GETPIPE_SZ"),
+        "a neighbour's pipes",
+    ),
+    "seccomp: descriptors may be passed": (
+        ("linux/numbers.py", '    "access": 21,\n', '    "access": 21, "sendmsg": 46, "sendmmsg": 307,\n'),
+        "passing descriptors",
+    ),
+    "jail: standard input is one open file for all": (
+        (
+            "worker/jail.py",
+            'calls.add("openat", AT_FDCWD, b"/dev/null", os.O_RDONLY, returns=0, says="open /dev/null")',
+            'self._keep("/dev/null", 700, os.O_RDONLY)\n        calls.add("dup3", 700, 0, 0, returns=0)',
+        ),
+        "messages at standard input",
+    ),
     "seccomp: outside folders may be watched": (
         ("linux/numbers.py", '    "access": 21,\n', '    "access": 21, "watch": 253, "watch more": 254,\n'),
         "watch outside",

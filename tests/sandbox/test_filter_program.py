@@ -10,9 +10,11 @@ from sandbox.linux import seccomp
 from sandbox.linux.numbers import ALLOWED, SPECIAL
 
 ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-ALLOW, KILL, EPERM, ENOSYS = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026
+ALLOW, KILL, EPERM, ENOSYS, ENOTSUP = 0x7FFF0000, 0x80000000, 0x00050001, 0x00050026, 0x0005005F
 PID = 777
 WORD = 2**32
+FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1033, 1034)
+"""Commands of fcntl that are allowed: duplicates, flags, locks, the size of a pipe, seals of memory files."""
 
 
 def verdict(program: bytes, machine: str, number: int, *arguments: int) -> int:
@@ -45,8 +47,9 @@ def machine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("deny_fork", [False, True])
-def test_every_call_number_is_allowed_denied_or_unknown_as_listed(machine: str, deny_fork: bool) -> None:
-    program = seccomp._compile(PID, deny_fork)
+@pytest.mark.parametrize("pidfds", [False, True])
+def test_every_call_number_is_allowed_denied_or_unknown_as_listed(machine: str, deny_fork: bool, pidfds: bool) -> None:
+    program = seccomp._compile(PID, deny_fork, pidfds)
     refused = {*seccomp._FORK_CALLS, *seccomp._CHANGE_CALLS} if deny_fork else set()
     allowed = {number for name, number in ALLOWED[machine].items() if name not in refused}
     for number in range(1000):
@@ -60,7 +63,7 @@ def test_every_call_number_is_allowed_denied_or_unknown_as_listed(machine: str, 
 
 
 def test_another_processor_s_calls_end_the_process(machine: str) -> None:
-    program = seccomp._compile(PID, False)
+    program = seccomp._compile(PID, False, True)
     other = {"x86_64": "aarch64", "aarch64": "x86_64"}[machine]
     assert verdict(program, other, 1) == KILL
 
@@ -70,11 +73,16 @@ def test_calls_are_judged_by_their_arguments(machine: str) -> None:
     cases = [
         ("clone", (0x11,), ALLOW),
         ("clone", (0x10000000 | 0x11,), EPERM),  # a user namespace
+        ("clone", (0x100,), ALLOW),  # shared memory and no signal at the end: an anchor
+        ("clone", (9,), EPERM),  # SIGKILL for the parent
+        ("clone", (0x8000 | 15,), EPERM),
         ("clone3", (), ENOSYS),
         ("io_uring_setup", (), ENOSYS),
         ("socketpair", (1, 1), ALLOW),
         ("socketpair", (1, 2), EPERM),
         ("socketpair", (2, 1), EPERM),
+        ("sendto", (0, 0, 1, 0x4000), ALLOW),
+        ("sendto", (0, 0, 1, 0x4001), EPERM),  # MSG_OOB
         ("kill", (PID, 15), ALLOW),
         ("kill", (PID, 9), EPERM),
         ("kill", (-PID, 9), EPERM),
@@ -87,16 +95,23 @@ def test_calls_are_judged_by_their_arguments(machine: str) -> None:
         ("prctl", (15,), ALLOW),
         ("ioctl", (0, 0x5412), EPERM),  # TIOCSTI
         ("ioctl", (0, 0x5401), ALLOW),
-        ("fcntl", (0, 8), EPERM),
-        ("fcntl", (0, 1), ALLOW),
+        ("ioctl", (0, 0xC040FF0B), EPERM),  # PIDFD_GET_INFO
+        ("ioctl", (0, 0xFF01), EPERM),  # PIDFD_GET_CGROUP_NAMESPACE
+        *(("fcntl", (0, command), ALLOW) for command in FCNTL),
+        *(("fcntl", (0, command), EPERM) for command in range(1100) if command not in FCNTL),
+        ("pidfd_open", (1,), ALLOW),
+        *((name, (), ENOTSUP) for name in ("getxattr", "lgetxattr", "fgetxattr")),
+        *((name, (), ENOTSUP) for name in ("listxattr", "llistxattr", "flistxattr")),
         ("prlimit64", (0,), ALLOW),
         ("prlimit64", (PID,), ALLOW),
         ("prlimit64", (PID + 1,), EPERM),
         ("sched_setaffinity", (1,), EPERM),
     ]
-    program = seccomp._compile(PID, False)
+    program = seccomp._compile(PID, False, True)
     for name, arguments, expected in cases:
         assert verdict(program, machine, special[name], *arguments) == expected, (name, arguments)
-    without_processes = seccomp._compile(PID, True)
+    assert verdict(seccomp._compile(PID, False, False), machine, special["pidfd_open"], 1) == ENOSYS
+    without_processes = seccomp._compile(PID, True, False)
     assert verdict(without_processes, machine, special["clone"], 0x11) == EPERM
     assert verdict(without_processes, machine, special["clone"], 0x10000) == ALLOW  # a thread
+    assert verdict(without_processes, machine, special["clone"], 0x10000 | 9) == EPERM

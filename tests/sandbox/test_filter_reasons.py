@@ -17,7 +17,7 @@ def test_reasons_and_numbers_agree() -> None:
 
 def test_what_is_judged_is_not_also_simply_allowed() -> None:
     for machine, special in SPECIAL.items():
-        assert set(special) == set(_argument_rules(2, False))
+        assert set(special) == set(_argument_rules(2, False, True))
         assert not set(special) & set(ALLOWED[machine])
         assert not set(special.values()) & set(ALLOWED[machine].values())
     metadata = next(names for reason, names in REASONS.items() if reason.startswith("metadata")).split()

@@ -200,7 +200,7 @@ async def test_environment_and_descriptors_are_clean(box: LocalSandbox) -> None:
     code = "import os, fcntl\nprint(sorted(os.environ))\nfds = []\nfor fd in range(1024):\n  try: fcntl.fcntl(fd, 1); fds.append(fd)\n  except OSError: pass\nprint(len([fd for fd in fds if fd > 2]))"
     names, extra = (await box.exec(code)).stdout.strip().split("\n")
     assert "TOKEN" not in names and "CANARY" not in names
-    assert int(extra) <= 1  # the report pipe, whose words are never trusted
+    assert int(extra) <= 1  # the report, whose words are never trusted
     del os.environ["RETOOL_TEST_TOKEN"]
 
 

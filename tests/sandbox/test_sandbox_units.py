@@ -242,10 +242,10 @@ def test_call_tables_name_the_same_calls() -> None:
 @pytest.mark.parametrize("deny_fork", [False, True])
 @pytest.mark.parametrize("pid", [1, 2, 0x10001, 4_194_303])
 def test_an_aimed_filter_is_the_one_compiled_for_that_process(pid: int, deny_fork: bool) -> None:
-    prepared = seccomp.Filter(deny_fork, 5)
+    prepared = seccomp.Filter(deny_fork, not deny_fork, 5)
     prepared.aim(pid)
     program = bytes(prepared._program._buffer)
-    assert program == seccomp._compile(pid, deny_fork) and len(program) // 8 < 4096
+    assert program == seccomp._compile(pid, deny_fork, not deny_fork) and len(program) // 8 < 4096
 
 
 def test_the_package_needs_nothing_of_ours_and_no_torch() -> None:
