@@ -1,4 +1,4 @@
-"""Frames between the supervisor and a confined interpreter: commands on the job socket, answers on the report pipe.
+"""Frames between the supervisor and a confined interpreter: commands on the job socket, answers on the report.
 
 A command is sent when the answer to the one before has come, so nobody reads ahead. What comes back is bounded by the
 supervisor and believed in nothing that matters: user code shares the process that writes it.
@@ -28,7 +28,7 @@ by one byte that carries the copy's job socket, stdout, stderr and report."""
 SLEEP = b"Z"
 """Become a snapshot: ignore signals, be no longer inspected by processes of the same user."""
 DONE = b"D"
-"""The answer to any command, on the report pipe. JSON: `error` (code and message) when it failed."""
+"""The answer to any command, on the report. JSON: `error` (code and message) when it failed."""
 
 BORN, SETTLED = b"I", b"R"
 """What a copy says on its job socket, in this order. The kernel adds who it is."""
