@@ -22,6 +22,8 @@ class Tree:
     def __init__(self, unit: Unit, root: Child, pid: int, limits: Limits, give_back: Callable[[bool], None]) -> None:
         self.unit, self.root, self.limits = unit, root, limits
         self.members: set[Interpreter] = set()
+        self.copied = False
+        """Whether there are, or ever were, several members."""
         self.user, _ = owner_and_parent(pid)
         self.namespace = _namespace(pid) if unit.tier.namespaces else ""
         self._give_back = give_back
@@ -39,6 +41,7 @@ class Tree:
 
     def add(self, member: Interpreter) -> None:
         """A new member; the tree may hold that much more memory. Raises `OSError`."""
+        self.copied = self.copied or bool(self.members)
         self.members.add(member)
         if self.root.group is not None:
             self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
@@ -70,6 +73,10 @@ class Tree:
         if user != self.user or parent != self.unit.zygote_pid:
             return False
         return not self.namespace or _namespace(pid) == self.namespace
+
+    def has(self, pid: int) -> bool:
+        """Whether a process is a member already."""
+        return any(member.pid == pid for member in self.members)
 
     def leave(self, place: Place) -> None:
         """Nobody lives there, or ever did: its folder goes when its neighbours make the next copy."""
@@ -128,6 +135,11 @@ def _close_streams(child: Child) -> None:
             setattr(child, name, -1)
 
 
+def leads(pid: int) -> bool:
+    """Whether a process leads a session and group of its own; it does for life then. Raises `OSError`."""
+    return os.getsid(pid) == os.getpgid(pid) == pid
+
+
 def owner_and_parent(pid: int) -> tuple[int, int]:
     """Real user id and parent of a process, as the kernel says. Raises `OSError`."""
     status = _status(pid)
@@ -160,4 +172,4 @@ def _namespace(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/ns/pid")  # noqa: PTH115
 
 
-__all__ = ["MAX_MEMBERS", "Tree", "owner_and_parent", "threads"]
+__all__ = ["MAX_MEMBERS", "Tree", "leads", "owner_and_parent", "threads"]
