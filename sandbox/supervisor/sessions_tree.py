@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import Awaitable, Callable
 
 from sandbox.supervisor.sessions_interpreter import Interpreter, Place
 from sandbox.supervisor.unit import Child, Unit
-from sandbox.types import Limits, SandboxInfraError
+from sandbox.types import Limits, SandboxInfraError, SessionError
 
 MAX_MEMBERS = 256
 """Live interpreters of one tree, sleeping snapshots included."""
@@ -40,11 +41,17 @@ class Tree:
         return Place(str(self._places), source.domain, self._places)
 
     def add(self, member: Interpreter) -> None:
-        """A new member; the tree may hold that much more memory. Raises `OSError`."""
+        """A new member; the tree may hold that much more memory. Raises `OSError`, `SessionError`."""
         self.copied = self.copied or bool(self.members)
         self.members.add(member)
         if self.root.group is not None:
-            self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
+            try:
+                self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                # Of version 1 only: members that have ended let the others take what was theirs.
+                raise SessionError("the session holds more memory than it and its copies may", "fork_unsafe") from None
 
     def dead_folders(self, domain: int) -> list[str]:
         """Folders that a member in `domain` may remove, each named once: nobody lives in or below them any more."""

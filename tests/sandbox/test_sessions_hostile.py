@@ -246,6 +246,21 @@ async def test_members_over_the_memory_of_their_group_all_end_by_their_limit(box
             assert [result.status for result in results] == [Status.MEMORY_LIMIT] * 2
 
 
+async def test_who_holds_more_than_its_tree_may_is_not_copied(box: LocalSandbox) -> None:
+    """It took what copies that have ended were allowed."""
+    if (await box.capabilities())["cgroup"] != "v1":
+        pytest.skip("where control groups of version 2 are lowered the kernel kills")
+    fill = "held = [os.memfd_create('x') for _ in range(37)]\nfor fd in held: os.posix_fallocate(fd, 0, 8 << 20)"
+    unchecked = "\nmodules['branch'].check = lambda ours: []"
+    async with box.session(limits=Limits(wall_s=20, memory_mb=32)) as session:
+        branches = await session.fork(3)
+        await said(session, RUNNER + fill + unchecked)
+        await asyncio.gather(*(branch.close() for branch in branches))
+        assert "memory" in str(await refused("fork_unsafe", session.fork()))
+        await said(session, "for fd in held: os.close(fd)")
+        await session.fork()
+
+
 # --- the control channel ------------------------------------------------------------------------------------------
 
 
