@@ -67,7 +67,9 @@ class Group:
         self.procs = os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         """A descriptor that puts whoever writes 0 to it into the group."""
         self._mib = _UNLIMITED
-        self._kills = self._oom_kills()
+        self.lent_at = 0
+        """Kills that had happened in it before its present run."""
+        _KILLS[self] = 0
 
     def limit(self, mib: int) -> None:
         """The most that the group may hold. Raises `OSError`."""
@@ -81,25 +83,33 @@ class Group:
                 path.write_text(str(0 if self._driver is V2 and name == self._driver.swap else mib * _MIB))
         self._mib = mib
 
-    def _oom_kills(self) -> int:
-        try:
+    def kills(self) -> int:
+        """How often the kernel has killed something of the group for its memory, ever."""
+        with contextlib.suppress(OSError):
             lines = Path(self.folder, self._driver.events).read_text().splitlines()
-        except OSError:
-            return 0
-        return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-
-    def killed(self) -> bool:
-        """Whether the kernel has killed something of the group for its memory since this was last asked."""
-        before, self._kills = self._kills, self._oom_kills()
-        return self._kills > before
+            _KILLS[self] = sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+        return _KILLS.get(self, 0)
 
     def close(self) -> None:
         """Remove the group; processes in it must be dead."""
         if self.procs >= 0:
             os.close(self.procs)
             self.procs = -1
+            _KILLS[None] += self.kills()
+            del _KILLS[self]
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+
+_KILLS: dict[Group | None, int] = {None: 0}  # of every group there is; None: in those that were removed
+
+
+def kills() -> dict[Group | None, int]:
+    """`Group.kills` of every group that this process has made; under None the sum of those that it has removed."""
+    for group in _KILLS:
+        if group is not None:
+            group.kills()
+    return _KILLS.copy()
 
 
 _KEPT = 16  # empty groups; sessions may have taken hundreds
@@ -112,7 +122,6 @@ class Groups:
     driver: Driver
     folder: Path
     _free: list[Group] = field(default_factory=list)
-    _all: set[Group] = field(default_factory=set)
     _made: int = 0
 
     def take(self) -> Group:
@@ -120,24 +129,20 @@ class Groups:
         if self._free:
             return self._free.pop()
         self._made += 1
-        group = Group(self.driver, self.folder / str(self._made))
-        self._all.add(group)
-        return group
+        return Group(self.driver, self.folder / str(self._made))
 
     def give_back(self, group: Group) -> None:
         """After a run whose processes are dead."""
-        group.killed()
+        group.lent_at = group.kills()
         if len(self._free) < _KEPT:
             self._free.append(group)
         else:
-            self._all.discard(group)
             group.close()
 
     def close(self) -> None:
         """Remove every group; processes in them must be dead."""
-        for group in self._all:
+        for group in [group for group in _KILLS if group is not None]:
             group.close()
-        self._all.clear()
         self._free.clear()
         with contextlib.suppress(OSError):
             self.folder.rmdir()

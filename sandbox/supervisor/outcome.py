@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,16 +14,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sandbox.supervisor.cgroups import Group
+from sandbox.supervisor.cgroups import Group, kills
 from sandbox.types import ExceptionInfo, Limits, SandboxInfraError, Status
-from sandbox.worker.channel import DONE, FRAME
+from sandbox.worker.channel import DONE, FRAME, HEAD_BYTES
+from sandbox.worker.display import DISPLAYS_MAX, KIND_MAX, REPRESENTATIONS_MAX, RESULT_BYTES, weight
+
+
+@dataclass(frozen=True)
+class Kills:
+    """How often the kernel had killed for want of memory: on the machine, and in each of our control groups."""
+
+    machine: int
+    groups: dict[Group | None, int]
+
+    def since(self, before: Kills, group: Group | None) -> tuple[int, int]:
+        """Kills from `before` until now: outside our control groups, and in `group`."""
+        ours = sum(self.groups.values()) - sum(before.groups.values())
+        own = self.groups[group] - max(before.groups.get(group, 0), group.lent_at) if group is not None else 0
+        return self.machine - before.machine - ours, own
+
+
+NO_KILLS = Kills(0, {})
 
 
 @dataclass(frozen=True)
 class Ending:
     """Facts about the end of a run. `killed_for`: why we killed it, when we did. `report`: what the child said about an
     exception. `oom`: host OOM kills meanwhile. `over_limit`: the kernel killed in the run's
-    own control group."""
+    own control group. `related`: there are or were copies of it, or it is one; they might have killed it."""
 
     wait_status: int
     cpu_us: int
@@ -30,6 +49,7 @@ class Ending:
     report: Any
     oom: int = 0
     over_limit: bool = False
+    related: bool = False
 
     @property
     def unexplained(self) -> bool:
@@ -37,10 +57,11 @@ class Ending:
         killed = os.WIFSIGNALED(self.wait_status) and os.WTERMSIG(self.wait_status) == signal.SIGKILL
         return killed and self.killed_for is None
 
-    def looked_into(self, ooms_before: int, group: Group | None) -> Ending:
+    def looked_into(self, before: Kills, group: Group | None) -> Ending:
         """With what the kernel's counters say about such a kill."""
-        over_limit = group is not None and group.killed()
-        return replace(self, oom=oom_kills() - ooms_before, over_limit=over_limit)
+        machine = oom_kills()  # first: a kill meanwhile is then one of ours at most
+        outside, own = Kills(machine, kills()).since(before, group)
+        return replace(self, oom=max(0, outside), over_limit=own > 0)
 
 
 @dataclass(frozen=True)
@@ -59,27 +80,33 @@ def parse_frame(data: bytes) -> tuple[dict[str, Any], bytes]:
     if len(data) < FRAME.size:
         return {}, b""
     kind, _, head, body = FRAME.unpack_from(data)
-    if kind != DONE or len(data) != FRAME.size + head + body:
+    if kind != DONE or head > HEAD_BYTES or len(data) != FRAME.size + head + body:
         return {}, b""
+    fields = parse_head(data[FRAME.size : FRAME.size + head])
+    return (fields, data[len(data) - body :]) if fields is not None else ({}, b"")
+
+
+def parse_head(data: bytes) -> dict[str, Any] | None:
+    """The JSON of a frame; None when it is no object, or no UTF-8."""
     try:
-        fields = json.loads(data[FRAME.size : FRAME.size + head])
+        fields = json.loads(data.decode()) if data else {}
     except (ValueError, RecursionError):
-        return {}, b""
-    return (fields, data[len(data) - body :]) if isinstance(fields, dict) else ({}, b"")
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 def parse_files(fields: dict[str, Any], body: bytes, asked: Sequence[str]) -> dict[str, bytes]:
-    """Files that the child sent: only what was asked for."""
+    """Files that the child sent: only what was asked for. The table holds numbers of names, and sizes."""
     files: dict[str, bytes] = {}
     offset = 0
     table = fields.get("files")
     for row in table if isinstance(table, list) else []:
-        if not isinstance(row, list) or len(row) != 2 or row[0] not in asked or not isinstance(row[1], int):
-            return {}
-        if not 0 <= row[1] <= len(body) - offset:
-            return {}
-        files[row[0]] = body[offset : offset + row[1]]
-        offset += row[1]
+        match row:
+            case [int(number), int(size)] if 0 <= number < len(asked) and 0 <= size <= len(body) - offset:
+                files[asked[number]] = body[offset : offset + size]
+                offset += size
+            case _:
+                return {}
     return files
 
 
@@ -94,17 +121,34 @@ def parse_exception(fields: Any) -> ExceptionInfo | None:
     return ExceptionInfo(*(_plain(text) for text in texts))
 
 
-def parse_display(fields: dict[str, Any]) -> list[dict[str, str]]:
-    """Rich results that the child reported; what is malformed is left out."""
-    rows = fields.get("display")
-    if not isinstance(rows, list):
-        return []
-    found = [
-        {_plain(kind): _plain(text) for kind, text in row.items() if isinstance(text, str)}
-        for row in rows
-        if isinstance(row, dict)
-    ]
-    return [row for row in found if row]
+def parse_display(fields: dict[str, Any], body: bytes) -> tuple[list[dict[str, str]], int]:
+    """Rich results that the child reported, and how much of `body` they take; files may follow.
+
+    A text that is too large is left out. Where the table makes no sense, neither does anything that follows.
+    """
+    nothing: tuple[list[dict[str, str]], int] = [], len(body)
+    table = fields.get("display", [])
+    if not isinstance(table, list) or len(table) > DISPLAYS_MAX:
+        return nothing
+    results, offset = [], 0
+    for row in table:
+        if not isinstance(row, list) or len(row) > REPRESENTATIONS_MAX:
+            return nothing
+        found, room = {}, RESULT_BYTES
+        for entry in row:
+            match entry:
+                case [str(kind), int(size)] if len(kind) <= KIND_MAX and 0 <= size <= len(body) - offset:
+                    text = body[offset : offset + size]
+                    offset += size
+                case _:
+                    return nothing
+            room -= weight(text)
+            if room >= 0:
+                with contextlib.suppress(UnicodeDecodeError):
+                    found[_plain(kind)] = text.decode()
+        if found:
+            results.append(found)
+    return results, offset
 
 
 def _plain(text: str) -> str:
@@ -113,7 +157,7 @@ def _plain(text: str) -> str:
 
 
 def judge(ending: Ending, limits: Limits) -> Outcome:
-    """The outcome. Raises `SandboxInfraError` when a SIGKILL is not explained by us or by the CPU limit."""
+    """The outcome. Raises `SandboxInfraError` when a SIGKILL is not explained by us, a limit, or relatives of it."""
     if ending.killed_for is not None:
         return Outcome(ending.killed_for)
     if os.WIFEXITED(ending.wait_status):
@@ -134,22 +178,25 @@ def judge(ending: Ending, limits: Limits) -> Outcome:
             return Outcome(Status.MEMORY_LIMIT, signal=number)
         if ending.oom:
             raise SandboxInfraError("the machine ran out of memory during the run", "oom_host")
+        if ending.related:  # their code shares memory with the one who should have locked that up
+            return Outcome(Status.SIGNAL, signal=number, attested=False)
         raise SandboxInfraError("the run was killed from outside", "lost_child")
     return Outcome(Status.SIGNAL, signal=number)
 
 
 class OomWatch:
-    """The machine's counter of memory kills as it was when a run began, or a second before: reading it is dear."""
+    """The counters of memory kills as they were when a run began, or a second before: reading them is dear."""
 
     def __init__(self) -> None:
         self._read_at = -math.inf
-        self._before = 0
+        self._before = NO_KILLS
 
-    def begin(self) -> int:
-        """The counter, at most a second old."""
+    def begin(self) -> Kills:
+        """The counters, at most a second old."""
         now = time.monotonic()
         if now - self._read_at > 1.0:
-            self._read_at, self._before = now, oom_kills()
+            groups = kills()  # first, as they are read last in the end: a kill meanwhile is not the machine's
+            self._read_at, self._before = now, Kills(oom_kills(), groups)
         return self._before
 
 

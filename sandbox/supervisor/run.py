@@ -27,10 +27,11 @@ from sandbox.supervisor.outcome import (
 from sandbox.supervisor.pump import Pump, Stream, write_all, write_some
 from sandbox.supervisor.unit import Child, Unit
 from sandbox.types import ExecResult, Limits, SandboxInfraError, Status, Usage
+from sandbox.worker import channel
 from sandbox.worker.display import DISPLAY_BYTES
 from sandbox.worker.runner import JOB_HEADER
 
-_REPORT_BYTES = 512 * 1024
+_REPORT_BYTES = channel.FRAME.size + channel.HEAD_BYTES
 _NO_ROOM = (f"[Errno {errno.ENOSPC}]", f"[Errno {errno.EDQUOT}]")
 _PATIENCE_S = (0.001, 0.01, 0.1, 0.5)
 
@@ -71,8 +72,7 @@ class Job:
     @property
     def report_bytes(self) -> int:
         """The largest report that can be right."""
-        files = paths.MAX_BYTES + 8192 * len(self.fetch) if self.fetch else 0
-        return _REPORT_BYTES + files + (DISPLAY_BYTES if self.rich else 0)
+        return _REPORT_BYTES + (paths.MAX_BYTES if self.fetch else 0) + (DISPLAY_BYTES if self.rich else 0)
 
 
 def neighbours(unit: Unit) -> int:
@@ -209,6 +209,7 @@ class Run:
         stdout, stderr = self.stdout.text(), self.stderr.text()
         trace = outcome.exception.traceback if outcome.exception else ""
         inputs = (self.job.code, self.job.stdin, str(self.job.seed), self.unit.settings.profile)
+        display, used = parse_display(report, body) if self.job.rich else ([], 0)
         return ExecResult(
             status=outcome.status,
             stdout=stdout,
@@ -222,6 +223,6 @@ class Run:
             attested=outcome.attested,
             isolation=self.unit.tier.name,
             profile=self.unit.settings.profile,
-            display=tuple(parse_display(report)),
-            files=parse_files(report, body, self.job.fetch),
+            display=tuple(display),
+            files=parse_files(report, body[used:], self.job.fetch),
         )

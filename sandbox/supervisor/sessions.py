@@ -126,6 +126,8 @@ class Sessions:
         if session.ended or session.interpreter.child.exited.done():
             session.end("its process has ended")
             self._spawn(session.tree.release(session.interpreter))
+            if session.depth:  # a copy: its own code may have done that
+                raise SessionError("the copy ended at once", "fork_unsafe")
             raise SandboxInfraError("the new session's process ended at once", "lost_child")
         self._live[session.id] = session
         self._counts["sessions_opened"] += 1
@@ -164,7 +166,7 @@ class Sessions:
         )
 
     async def command(
-        self, session: LiveSession, kind: bytes, fields: dict[str, Any], data: bytes = b"", cap: int = 1 << 20
+        self, session: LiveSession, kind: bytes, fields: dict[str, Any], data: bytes = b"", cap: int = 0
     ) -> tuple[dict[str, Any], bytes]:
         """Have an idle session do something that is not user code."""
         session.claim()
@@ -237,8 +239,10 @@ class Sessions:
             try:
                 async with asyncio.timeout(COMMAND_S):
                     await interpreter.ask(channel.SLEEP)
-            except BaseException:
+            except BaseException as error:
                 self._spawn(session.tree.release(interpreter))
+                if isinstance(error, SessionError):  # it has ended, not the session
+                    raise TimeoutError from None
                 raise
         except TimeoutError:
             raise SessionError("the snapshot did not fall asleep", "fork_unsafe") from None

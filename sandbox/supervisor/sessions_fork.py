@@ -13,12 +13,13 @@ import asyncio
 import errno
 import os
 import select
+import signal
 import socket
 import struct
 from typing import Any
 
 from sandbox.supervisor.sessions_interpreter import Interpreter, Place
-from sandbox.supervisor.sessions_tree import Tree, threads
+from sandbox.supervisor.sessions_tree import Tree, leads, threads
 from sandbox.supervisor.unit import Child, next_ident
 from sandbox.types import SandboxInfraError, SessionError
 from sandbox.worker import channel
@@ -136,7 +137,7 @@ class _Birth:
             if level == socket.SOL_SOCKET and kind == socket.SCM_CREDENTIALS:
                 pid, _, _ = _CREDENTIALS.unpack(payload)
                 return int(pid)
-        raise SandboxInfraError("the kernel did not say who the copy is", "spawn_failed")
+        raise SessionError("the kernel did not say who the copy is", "fork_unsafe")
 
     async def settled(self) -> None:
         """Until the copy lives in its own folder and walls. Raises what the copy says went wrong."""
@@ -214,16 +215,15 @@ def _send(source: Interpreter, descriptors: list[int]) -> None:
 
 
 def raise_error(answer: dict[str, Any]) -> None:
-    """Turn an answer's error into `SessionError` or, for want of memory, `SandboxInfraError`."""
+    """Turn an answer's error into `SessionError`: whatever a session says, it is never our failure."""
     error = answer.get("error")
     if not isinstance(error, dict):
         return
-    message, code = str(error.get("message"))[:1000], error.get("code")
+    message, code = error.get("message"), error.get("code")
+    message = message[:1000] if isinstance(message, str) else "it did not say why"
     if code == "os":
         if error.get("errno") == errno.EAGAIN:
             raise SessionError(f"the session may make no more processes: {message}", "fork_unsafe")
-        if error.get("errno") == errno.ENOMEM:
-            raise SandboxInfraError(f"no memory for a copy: {message}", "spawn_failed")
         raise SessionError(f"the session could not do it: {message}", "fork_unsafe")
     if code in ("fork_unsafe", "no_file", "bad_path", "too_large"):
         raise SessionError(message, code)
@@ -240,11 +240,14 @@ def _identify(tree: Tree, pid: int) -> int:
     except OSError:
         raise refused from None
     try:
-        belongs = tree.holds(pid)
+        belongs, alone = tree.holds(pid) and not tree.has(pid), leads(pid)
         poller = select.poll()
         poller.register(pidfd, select.POLLIN)
         if not belongs or poller.poll(0):  # ended: the number may have been somebody else's meanwhile
             raise refused
+        if not alone:  # it would share the fate of a group that is not its own
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            raise SessionError("the copy leads no process group of its own", "fork_unsafe")
     except OSError:
         os.close(pidfd)
         raise refused from None

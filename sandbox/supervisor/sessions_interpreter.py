@@ -3,24 +3,26 @@
 The reader of answers stays for its whole life. Output is read when an execution ends, and while it goes on only if it
 lasts: most end before a reader would have been worth its registration.
 
-Nothing that comes back is trusted: sizes are capped, an answer counts only when its number is the one that is awaited.
+Nothing that comes back is trusted: sizes are capped, and whoever says anything but the answer that is awaited is never
+listened to again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import select
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sandbox.supervisor.outcome import parse_head
 from sandbox.supervisor.pump import Stream
 from sandbox.supervisor.unit import Child
 from sandbox.types import Limits, SessionError
@@ -28,8 +30,6 @@ from sandbox.worker import channel
 
 Answer = Callable[[dict[str, Any], bytes], None]
 
-ANSWER_BYTES = 512 * 1024
-"""Largest ordinary answer."""
 _PROCESS_GROUP = 4  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 _CHUNK = 32 * 1024
 _DRAIN_READS = 256
@@ -58,17 +58,19 @@ class Output:
         return self.stdout.total + self.stderr.total > self.cap
 
 
-_NOTHING = Output(Limits())
+_KEEP_NOTHING = Limits(output_head_bytes=0, output_tail_bytes=0)
 
 
 class Interpreter:
-    """`on_flood` is called when an execution prints more than its cap, `on_nonsense` when its report is no frame."""
+    """`on_flood` is called when an execution prints more than its cap; `on_nonsense` once, when its report holds
+    anything but what is awaited: without it, the process is killed."""
 
     def __init__(self, child: Child, pid: int) -> None:
         self.child, self.pid = child, pid
         self.place = Place()
         self.clock = (~pid << 3) | 2  # the kernel's number for the CPU clock of that process
-        self.output = _NOTHING
+        self._discarded = Output(_KEEP_NOTHING)  # what is read while nothing runs
+        self.output = self._discarded
         self.on_flood: Callable[[], None] | None = None
         self.on_nonsense: Callable[[], None] | None = None
         self._outputs = (child.stdout, child.stderr)
@@ -78,8 +80,8 @@ class Interpreter:
             self._holds.register(fd, select.POLLIN)
         self._closed: set[int] = set()
         self._number = 0
-        self._answer: Answer | None = None
-        self._cap = 0
+        self._awaited: deque[tuple[int, Answer, int]] = deque()  # number, who wants to know, bytes of data at most
+        self._deaf = False
         self._buffer = bytearray()
         self._unsent = b""
         self._loop = asyncio.get_running_loop()
@@ -128,17 +130,16 @@ class Interpreter:
                 if fd in self._closed or not self._read_output(fd):
                     break
         self._listening = False
-        output, self.output, self.on_flood = self.output, _NOTHING, None
+        output, self.output, self.on_flood = self.output, self._discarded, None
         return output
 
     # --- commands and answers -------------------------------------------------------------------------------------
 
-    def send(
-        self, kind: bytes, fields: dict[str, Any] | None, data: bytes, answer: Answer, cap: int = ANSWER_BYTES
-    ) -> None:
-        """Send a command; `answer` is called with what comes back, of at most `cap` bytes. One at a time."""
+    def send(self, kind: bytes, fields: dict[str, Any] | None, data: bytes, answer: Answer, cap: int = 0) -> None:
+        """Send a command; `answer` is called with what comes back, of at most `cap` bytes of data. One at a time, but
+        the answer to one that nobody waits for any more may still be due."""
         self._number = (self._number + 1) & 0xFFFFFFFF
-        self._answer, self._cap = answer, cap + channel.FRAME.size
+        self._awaited.append((self._number, answer, cap))
         self.send_job(channel.pack(kind, self._number, fields, data))
 
     def send_job(self, payload: bytes) -> None:
@@ -174,7 +175,7 @@ class Interpreter:
             job.detach()
 
     def ask(
-        self, kind: bytes, fields: dict[str, Any] | None = None, data: bytes = b"", cap: int = ANSWER_BYTES
+        self, kind: bytes, fields: dict[str, Any] | None = None, data: bytes = b"", cap: int = 0
     ) -> asyncio.Future[tuple[dict[str, Any], bytes]]:
         """`send`; the answer is to come. The caller limits the time. Raises `SessionError(session_ended)`."""
         future: asyncio.Future[tuple[dict[str, Any], bytes]] = self._loop.create_future()
@@ -198,8 +199,17 @@ class Interpreter:
         return future
 
     def _nonsense(self) -> None:
+        """It is not heard any more: what it says next could be a perfect answer, or come without end."""
+        if self._deaf:
+            return
+        self._deaf = True
+        self._buffer.clear()
+        if self.child.report >= 0:
+            self._loop.remove_reader(self.child.report)
         if self.on_nonsense is not None:
             self.on_nonsense()
+        else:
+            self.kill()
 
     def _read_report(self) -> None:
         try:
@@ -212,47 +222,40 @@ class Interpreter:
             self._loop.remove_reader(self.child.report)
             self._closed.add(self.child.report)
             return
-        if self._buffer:
-            self._buffer += data
-            data = bytes(self._buffer) if self._complete(self._buffer) else b""
-            if not data:
-                return
-            self._buffer.clear()
-        self._take(data)
+        buffer = self._buffer
+        buffer += data
+        start = 0
+        while start < len(buffer) and (end := self._take(start)):
+            start = end
+        del buffer[:start]
 
-    def _complete(self, buffer: bytearray) -> bool:
-        """Whether the first frame is there, or can never be right."""
-        if len(buffer) < channel.FRAME.size:
-            return False
-        _, _, head, body = channel.FRAME.unpack_from(buffer)
-        return len(buffer) >= channel.FRAME.size + head + body or channel.FRAME.size + int(head) + int(body) > self._cap
-
-    def _take(self, data: bytes) -> None:
-        """Every whole frame in `data`; the rest waits for more."""
-        while len(data) >= channel.FRAME.size:
-            kind, number, head, body = channel.FRAME.unpack_from(data)
-            end = channel.FRAME.size + head + body
-            if kind != channel.DONE or end > max(self._cap, ANSWER_BYTES):
-                self._nonsense()
-                return
-            if len(data) < end:
-                break
-            if number == self._number and self._answer is not None:
-                self._hear(data[channel.FRAME.size : channel.FRAME.size + head], data[end - body : end])
-            data = data[end:]
-        self._buffer += data
-
-    def _hear(self, head: bytes, body: bytes) -> None:
-        try:
-            fields = json.loads(head) if head else {}
-        except (ValueError, RecursionError):
-            fields = None
-        if not isinstance(fields, dict):
+    def _take(self, start: int) -> int:
+        """Hear the frame that begins there; returns where it ends, or 0 when it is not complete or not the awaited."""
+        buffer = self._buffer
+        if not self._awaited:
             self._nonsense()
-            return
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            answer(fields, body)
+            return 0
+        if len(buffer) - start < channel.FRAME.size:
+            return 0
+        awaited, answer, cap = self._awaited[0]
+        kind, number, head, body = channel.FRAME.unpack_from(buffer, start)
+        if kind != channel.DONE or number != awaited or head > channel.HEAD_BYTES or body > cap:
+            self._nonsense()
+            return 0
+        start += channel.FRAME.size
+        end = start + int(head) + int(body)
+        if len(buffer) < end:
+            return 0
+        self._awaited.popleft()
+        try:
+            fields = parse_head(bytes(buffer[start : start + head]))
+            if fields is not None:
+                answer(fields, bytes(buffer[end - body : end]))
+                return 0 if self._deaf else end
+        except Exception as error:  # whatever it was: nobody may wait for ever
+            self._loop.call_exception_handler({"message": "an answer could not be handled", "exception": error})
+        self._nonsense()
+        return 0
 
     # --- the process ----------------------------------------------------------------------------------------------
 
@@ -269,16 +272,12 @@ class Interpreter:
             signal.pidfd_send_signal(self.child.process, signal.SIGINT)
 
     def kill(self) -> None:
-        """SIGKILL to it and, where the kernel can, to its process group."""
+        """SIGKILL to its process group, where the kernel can, and in any case to itself."""
         if self.child.process < 0:
             return
-        try:
-            signal.pidfd_send_signal(self.child.process, signal.SIGKILL, None, _PROCESS_GROUP)
-        except ProcessLookupError:
-            pass
-        except OSError:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.child.process, signal.SIGKILL)
+        for flags in (_PROCESS_GROUP, 0):
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self.child.process, signal.SIGKILL, None, flags)
 
     def detach(self) -> None:
         """Stop reading and writing; the descriptors stay open for whoever closes the child."""
@@ -287,7 +286,8 @@ class Interpreter:
                 self._loop.remove_reader(fd)
         if self.child.job >= 0:
             self._loop.remove_writer(self.child.job)
-        self.on_flood = self.on_nonsense = self._answer = None
+        self.on_flood = self.on_nonsense = None
+        self._awaited.clear()
         self._closed.update((self.child.stdout, self.child.stderr))
 
 

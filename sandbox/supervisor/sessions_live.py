@@ -11,10 +11,20 @@ from typing import Any
 
 from sandbox.results import encode_error
 from sandbox.supervisor.admission import Admission as Slots
-from sandbox.supervisor.outcome import OOM_WATCH, Ending, Outcome, digest, judge, parse_display, parse_exception
-from sandbox.supervisor.sessions_interpreter import ANSWER_BYTES, Interpreter, Output
+from sandbox.supervisor.outcome import (
+    NO_KILLS,
+    OOM_WATCH,
+    Ending,
+    Kills,
+    Outcome,
+    digest,
+    judge,
+    parse_display,
+    parse_exception,
+)
+from sandbox.supervisor.sessions_interpreter import Interpreter, Output
 from sandbox.supervisor.sessions_tree import Tree
-from sandbox.types import Limits, SandboxError, SandboxInfraError, SessionError, Status
+from sandbox.types import ExceptionInfo, Limits, SandboxError, SandboxInfraError, SessionError, Status
 from sandbox.wire import UNKNOWN_STATUS
 from sandbox.worker import channel
 from sandbox.worker.display import DISPLAY_BYTES
@@ -25,10 +35,13 @@ LISTEN_S = 0.004
 TICK_S = 0.05
 GRACE_S = 0.5
 """From the interrupt to the kill."""
+END_S = 5.0
+"""From the kill to the moment when nobody waits for the process's end any more."""
 EARLY_S = 0.1
 """An interrupt so soon after the start is repeated."""
 KEEP_RESULTS = 64
 KEEP_BYTES = 4 * 1024 * 1024
+_RSS_MAX = 1 << 40  # KiB: what is more is no machine's
 _FORGED = "the session wrote to its control channel"
 
 
@@ -52,6 +65,7 @@ class Step:
     asked: float
     started: float = 0.0
     cpu_before: float = 0.0
+    kills_before: Kills = NO_KILLS
     cpu_s: float = 0.0
     stopping: Status | None = None
     kill_at: float = 0.0
@@ -105,7 +119,6 @@ class LiveSession:
         self.ended = ""
         self.on_end: Callable[[LiveSession], None] = lambda _: None
         self._admission = admission
-        self._ooms = OOM_WATCH.begin()
         self._processes = tree.limits.processes
         self.adopt(interpreter)
 
@@ -174,6 +187,7 @@ class LiveSession:
         request, interpreter = step.request, self.interpreter
         step.started = time.monotonic()
         step.cpu_before = interpreter.cpu_s()
+        step.kills_before = OOM_WATCH.begin()
         fields: dict[str, Any] = {}
         stdin = b""
         if request.stdin:
@@ -183,9 +197,9 @@ class LiveSession:
             fields["rich"] = True
         if self.tree.processes != self._processes:
             self._processes = fields["processes"] = self.tree.processes
-        cap = ANSWER_BYTES + (DISPLAY_BYTES if request.rich else 0)
+        cap = DISPLAY_BYTES if request.rich else 0
         data = request.code.encode() + stdin
-        interpreter.send(channel.EXEC, fields or None, data, lambda said, _: self._answered(step, said), cap)
+        interpreter.send(channel.EXEC, fields or None, data, lambda *answer: self._answered(step, *answer), cap)
         # It runs. What it prints and how it ends we hear in later turns of the loop.
         interpreter.begin(request.limits, lambda: self._stop(step, Status.OUTPUT_LIMIT))
         loop = asyncio.get_running_loop()
@@ -202,6 +216,9 @@ class LiveSession:
                 self._stop(step, Status.TIMEOUT)
             elif self.interpreter.cpu_s() - step.cpu_before >= limits.cpu_s:
                 self._stop(step, Status.CPU_LIMIT)
+        elif now >= step.kill_at + END_S:
+            self._abandon(step)
+            return
         elif now >= step.kill_at:
             self.interpreter.kill()
         elif step.kill_at - GRACE_S - step.started < EARLY_S:
@@ -231,7 +248,7 @@ class LiveSession:
                 self._stop(step, Status.CANCELLED)
             step.cancelled = True
 
-    def _answered(self, step: Step, fields: dict[str, Any]) -> None:
+    def _answered(self, step: Step, fields: dict[str, Any], body: bytes) -> None:
         """The interpreter says that it is done."""
         if self.running is not step:
             return
@@ -250,7 +267,8 @@ class LiveSession:
         elif isinstance(code, int) and 0 < code <= 255:
             outcome = Outcome(Status.EXIT, exit_code=code, attested=False)
         rss = fields.get("rss")
-        self._conclude(step, outcome, output, int(rss) if isinstance(rss, int) else 0, parse_display(fields))
+        rss_kib = rss if isinstance(rss, int) and 0 <= rss < _RSS_MAX else 0
+        self._conclude(step, outcome, output, rss_kib, parse_display(fields, body)[0] if step.request.rich else [])
 
     def _conclude(
         self, step: Step, outcome: Outcome, output: Output, rss_kib: int, display: list[dict[str, str]]
@@ -330,8 +348,14 @@ class LiveSession:
             self.end(_FORGED)  # before it is dead: an execution that came meanwhile would be killed with it
             return
         if self.running.stopping is None:
-            self.running.stopping = Status.ERROR
+            self.running.stopping, self.running.kill_at = Status.ERROR, time.monotonic()
         interpreter.kill()
+
+    def _abandon(self, step: Step) -> None:
+        """It was killed and does not end. Its caller and its slot wait no longer; its tree deals with what is left."""
+        self.ended = "its process did not end when it was killed"
+        self._conclude(step, _stopped(step.stopping or Status.ERROR), self.interpreter.finish(), 0, [])
+        self.on_end(self)
 
     def _exited(self, interpreter: Interpreter) -> None:
         """The process has ended, by itself, by our hand, or with the machine."""
@@ -348,7 +372,8 @@ class LiveSession:
             step.cpu_s = max(0.0, cpu_us / 1e6 - step.cpu_before)
             outcome = self._judge(step, status)
         except SandboxError as error:
-            self._admission.count_error(error)
+            if not isinstance(error, SessionError):
+                self._admission.count_error(error)
             self._admission.leave()
             self._reply(step, {"error": encode_error(error)})
         else:
@@ -357,17 +382,25 @@ class LiveSession:
 
     def _judge(self, step: Step, wait_status: int) -> Outcome:
         if step.stopping is Status.ERROR:
-            exception = {"type": "ControlChannelError", "message": _FORGED, "traceback": f"{_FORGED}\n"}
-            return Outcome(Status.ERROR, parse_exception(exception))
+            return _stopped(step.stopping)
         if wait_status == UNKNOWN_STATUS:
-            if step.stopping is None:
-                raise SandboxInfraError("nobody saw how the execution ended", "lost_child")
-            return Outcome(step.stopping)
+            if step.stopping is not None:
+                return _stopped(step.stopping)
+            if self.tree.copied:  # a copy that ends as soon as it is born is gone before the zygote knows of it
+                raise SessionError("the session has ended: its process has ended, nobody saw how", "session_ended")
+            raise SandboxInfraError("nobody saw how the execution ended", "lost_child")
         # There is no CPU limit of the kernel's in a session, so no SIGKILL of that kind either: 0.
-        ending = Ending(wait_status, 0, step.stopping, b"")
+        ending = Ending(wait_status, 0, step.stopping, b"", related=self.tree.copied)
         if ending.unexplained:
-            ending = ending.looked_into(self._ooms, self.tree.root.group)
+            ending = ending.looked_into(step.kills_before, self.tree.root.group)
         return judge(ending, step.request.limits)
+
+
+def _stopped(reason: Status) -> Outcome:
+    """The outcome of an execution that we have killed."""
+    if reason is Status.ERROR:
+        return Outcome(Status.ERROR, ExceptionInfo("ControlChannelError", _FORGED, f"{_FORGED}\n"))
+    return Outcome(reason)
 
 
 class Admission:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 from sandbox.supervisor.sessions_interpreter import Interpreter, Place
 from sandbox.supervisor.unit import Child, Unit
-from sandbox.types import Limits, SandboxInfraError
+from sandbox.types import Limits, SandboxInfraError, SessionError
 
 MAX_MEMBERS = 256
 """Live interpreters of one tree, sleeping snapshots included."""
@@ -23,6 +24,8 @@ class Tree:
     def __init__(self, unit: Unit, root: Child, pid: int, limits: Limits, give_back: Callable[[bool], None]) -> None:
         self.unit, self.root, self.limits = unit, root, limits
         self.members: set[Interpreter] = set()
+        self.copied = False
+        """Whether there are, or ever were, several members."""
         self.user, _ = owner_and_parent(pid)
         self.namespace = _namespace(pid) if unit.tier.namespaces else ""
         self._give_back = give_back
@@ -51,10 +54,17 @@ class Tree:
         return Place(str(self._places), source.domain, self._places)
 
     def add(self, member: Interpreter) -> None:
-        """A new member; the tree may hold that much more memory. Raises `OSError`."""
+        """A new member; the tree may hold that much more memory. Raises `OSError`, `SessionError`."""
+        self.copied = self.copied or bool(self.members)
         self.members.add(member)
         if self.root.group is not None:
-            self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
+            try:
+                self.root.group.limit(self.unit.group_mib(self.limits, len(self.members)))
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                # Of version 1 only: members that have ended let the others take what was theirs.
+                raise SessionError("the session holds more memory than it and its copies may", "fork_unsafe") from None
 
     def dead_folders(self, domain: int) -> list[str]:
         """Folders that a member in `domain` may remove, each named once: nobody lives in or below them any more."""
@@ -83,6 +93,10 @@ class Tree:
         if user != self.user or parent != self.unit.zygote_pid:
             return False
         return not self.namespace or _namespace(pid) == self.namespace
+
+    def has(self, pid: int) -> bool:
+        """Whether a process is a member already."""
+        return any(member.pid == pid for member in self.members)
 
     def leave(self, place: Place) -> None:
         """Nobody lives there, or ever did: its folder goes when its neighbours make the next copy."""
@@ -138,6 +152,11 @@ def _close_streams(child: Child) -> None:
             setattr(child, name, -1)
 
 
+def leads(pid: int) -> bool:
+    """Whether a process leads a session and group of its own; it does for life then. Raises `OSError`."""
+    return os.getsid(pid) == os.getpgid(pid) == pid
+
+
 def owner_and_parent(pid: int) -> tuple[int, int]:
     """Real user id and parent of a process, as the kernel says. Raises `OSError`."""
     status = _status(pid)
@@ -170,4 +189,4 @@ def _namespace(pid: int) -> str:
     return os.readlink(f"/proc/{pid}/ns/pid")  # noqa: PTH115
 
 
-__all__ = ["MAX_MEMBERS", "Tree", "owner_and_parent", "threads"]
+__all__ = ["MAX_MEMBERS", "Tree", "leads", "owner_and_parent", "threads"]

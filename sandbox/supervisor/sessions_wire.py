@@ -19,6 +19,7 @@ from sandbox.worker import channel
 
 MAX_COPIES = 256
 _FILE_ANSWER = paths.MAX_BYTES + 4096
+_SIZE_MAX = 1 << 62
 
 
 class SessionRequests:
@@ -143,13 +144,14 @@ class SessionRequests:
 
     async def _list(self, message: dict[str, Any]) -> Reply:
         session = self.sessions.find(message["session"])
-        answer, _ = await self.sessions.command(session, channel.LIST, {}, b"", _FILE_ANSWER)
-        rows = answer.get("files")
-        good: list[tuple[str, int]] = []
-        for row in rows if isinstance(rows, list) else []:
-            match row:
-                case [str(path), int(size)] if not paths.refusal(path):
-                    good.append((path, size))
+        answer, body = await self.sessions.command(session, channel.LIST, {}, b"", _FILE_ANSWER)
+        sizes = answer.get("sizes")
+        names = body.decode("utf-8", "surrogateescape").split("\0", paths.MAX_ENTRIES)
+        good = [
+            (path, size)
+            for path, size in zip(names, sizes if isinstance(sizes, list) else ())
+            if isinstance(size, int) and 0 <= size < _SIZE_MAX and not paths.refusal(path)
+        ]
         return {"files": sorted(good)[: paths.MAX_ENTRIES]}
 
     # --- copies ---------------------------------------------------------------------------------------------------

@@ -13,15 +13,18 @@ from typing import Any
 
 FRAME = struct.Struct("!cIII")
 """Kind, sequence number, bytes of JSON, bytes of data."""
+HEAD_BYTES = 512 * 1024
+"""The most JSON that an answer has; whatever may be large travels as data."""
 
 EXEC = b"X"
-"""settings: stdin_size, rich, processes. data: code and standard input. Answer: exception, exit_code, rss, display."""
+"""settings: stdin_size, rich, processes. data: code and standard input. Answer: exception, exit_code, rss,
+display (see `display.packed`; the texts are the data)."""
 PUT = b"P"
 """settings: path. data: the file."""
 GET = b"G"
 """settings: path, cap. Answered with the file as data."""
 LIST = b"L"
-"""Answer: files, a list of (path, size)."""
+"""Answered with the paths as data, a NUL between two. Answer: sizes, a list of theirs."""
 FORK = b"F"
 """settings: see `branch.plan`; dead: folders of copies that have ended; processes: what RLIMIT_NPROC must be. Followed
 by one byte that carries the copy's job socket, stdout, stderr and report."""

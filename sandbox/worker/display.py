@@ -14,10 +14,14 @@ MAIN = "main.py"
 """File name of the user's code in tracebacks."""
 _CELL = "cell "
 _CELLS_KEPT = 100  # sources of so many past cells stay known, for tracebacks through their functions
-_DISPLAY_MAX = 1024 * 1024  # characters of one rich result, of all representations of it
-_DISPLAYS_MAX = 8
-DISPLAY_BYTES = 6 * _DISPLAYS_MAX * _DISPLAY_MAX  # as JSON, where a character may take six bytes
-"""Largest report of rich results."""
+DISPLAYS_MAX, REPRESENTATIONS_MAX = 8, 8
+"""Rich results of one execution, and representations of one result."""
+RESULT_BYTES = 1024 * 1024
+"""What the representations of one result may weigh together (see `weight`)."""
+DISPLAY_BYTES = DISPLAYS_MAX * RESULT_BYTES
+"""The most data that rich results have."""
+KIND_MAX = 64
+"""Characters of a MIME type."""
 _TEXT_MAX = 12_000
 _FRAMES_MAX = 1_100  # the innermost; enough for the default recursion limit
 
@@ -63,6 +67,14 @@ def run_source(
         print(repr(value))
 
 
+_CONTROLS = bytes({*range(32), 127} - set(b"\t\n\r"))
+
+
+def weight(text: bytes) -> int:
+    """Its bytes; a control character counts as the six that JSON makes of it, so that an answer is never too large."""
+    return len(text) + 5 * (len(text) - len(text.translate(None, _CONTROLS)))
+
+
 _REPRESENTATIONS = (
     ("text/html", "_repr_html_"),
     ("image/svg+xml", "_repr_svg_"),
@@ -71,10 +83,10 @@ _REPRESENTATIONS = (
 )
 
 
-def _represent(value: Any) -> dict[str, str]:
+def _represent(value: Any) -> dict[str, bytes]:
     """MIME type -> text (binary as base64). A representation that fails or is too large is left out."""
-    found: dict[str, str] = {}
-    room = _DISPLAY_MAX
+    found: dict[str, bytes] = {}
+    room = RESULT_BYTES
     for kind, name in (("text/plain", "__repr__"), *_REPRESENTATIONS):
         try:
             method = getattr(type(value), name, None)
@@ -86,35 +98,43 @@ def _represent(value: Any) -> dict[str, str]:
             if kind == "text/plain" and isinstance(text, str):
                 text = _clip(text)
             if isinstance(text, str) and len(text) <= room:
-                found[kind] = text
-                room -= len(text)
+                data = str.encode(text, "utf-8", "replace")
+                if weight(data) <= room:
+                    found[kind] = data
+                    room -= weight(data)
         except Exception:
             continue
     return found
 
 
-def _figures() -> list[dict[str, str]]:
+def _figures() -> list[dict[str, bytes]]:
     """Open matplotlib figures, when the code has imported it; they are closed."""
     pyplot = sys.modules.get("matplotlib.pyplot")
     if pyplot is None:
         return []
     images = []
     try:
-        for number in pyplot.get_fignums()[:_DISPLAYS_MAX]:
+        for number in pyplot.get_fignums()[:DISPLAYS_MAX]:
             buffer = io.BytesIO()
             pyplot.figure(number).savefig(buffer, format="png")
-            if buffer.tell() <= _DISPLAY_MAX * 3 // 4:
-                images.append({"image/png": base64.b64encode(buffer.getvalue()).decode()})
+            if buffer.tell() <= RESULT_BYTES * 3 // 4:
+                images.append({"image/png": base64.b64encode(buffer.getvalue())})
         pyplot.close("all")
     except Exception:
         pass
     return images
 
 
-def rich_results(shown: list[Any]) -> list[dict[str, str]]:
+def rich_results(shown: list[Any]) -> list[dict[str, bytes]]:
     """Representations of the last expression's value and of the figures; an interrupt passes, no error is raised."""
     results = [found for value in shown if (found := _represent(value))]
-    return (results + _figures())[:_DISPLAYS_MAX]
+    return (results + _figures())[:DISPLAYS_MAX]
+
+
+def packed(results: list[dict[str, bytes]]) -> tuple[list[list[tuple[str, int]]], bytes]:
+    """As a frame carries them: for each result the MIME types and sizes of its texts, and all texts as data."""
+    table = [[(kind, len(text)) for kind, text in found.items()] for found in results]
+    return table, b"".join(text for found in results for text in found.values())
 
 
 def _only_user_frames(error: traceback.TracebackException, seen: set[int]) -> None:
@@ -141,7 +161,7 @@ def describe(error: BaseException) -> dict[str, str]:
     """Type, message and traceback of an exception. The exception's own methods may misbehave; this does not."""
     name = "Exception"
     try:
-        name = str(type(error).__name__)
+        name = _clip(str(type(error).__name__))
         if isinstance(error, MemoryError):
             error.__context__ = error.__cause__ = None
         shown = traceback.TracebackException.from_exception(error, limit=-_FRAMES_MAX, compact=True)

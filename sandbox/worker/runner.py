@@ -23,7 +23,7 @@ from typing import Any
 from sandbox.linux.syscalls import kill_process
 from sandbox.worker import channel, files, session, stage
 from sandbox.worker.anchor import lift
-from sandbox.worker.display import MAIN, describe, rich_results, run_source
+from sandbox.worker.display import MAIN, describe, packed, rich_results, run_source
 
 JOB_HEADER = struct.Struct("!II")
 READY_BYTE = b"R"
@@ -94,9 +94,9 @@ def _receive_files(fd: int, table: list[tuple[str, int]]) -> str:
 
 
 def _fetch(folder: str, paths: list[str], cap: int, report: dict[str, Any]) -> bytes:
-    """The files that exist and are regular, one after another; their names and sizes go into the report."""
+    """The files that exist and are regular, one after another; which they are and their sizes go into the report."""
     table, bodies = [], []
-    for path in paths:
+    for number, path in enumerate(paths):
         try:
             body = files.read(folder, path, cap)
         except (files.FileError, OSError) as error:
@@ -104,7 +104,7 @@ def _fetch(folder: str, paths: list[str], cap: int, report: dict[str, Any]) -> b
                 report["too_large"] = str(error)
             continue
         cap -= len(body)
-        table.append((path, len(body)))
+        table.append((number, len(body)))
         bodies.append(body)
     report["files"] = table
     return b"".join(bodies)
@@ -154,6 +154,7 @@ def run(stand: stage.Stand, job_fd: int, report_fd: int, base_bytes: int, filter
     stage.apply_limits(settings, base_bytes, filtered)
     folder = os.getcwd()  # noqa: PTH109
     shown: list[Any] = []
+    display = b""
     status = 0
     if unwritten:
         channel.write_exactly(report_fd, channel.pack(channel.DONE, 0, {"unwritten": unwritten}))
@@ -161,7 +162,7 @@ def run(stand: stage.Stand, job_fd: int, report_fd: int, base_bytes: int, filter
     try:
         run_source(code, stand.names, stand.raw, MAIN, shown if settings.get("rich") else None)
         if settings.get("rich"):
-            report["display"] = rich_results(shown)
+            report["display"], display = packed(rich_results(shown))
     except SystemExit as error:
         status = stage.exit_code(error.code)
     except BaseException as error:
@@ -173,5 +174,5 @@ def run(stand: stage.Stand, job_fd: int, report_fd: int, base_bytes: int, filter
     with contextlib.suppress(BaseException):
         body = _fetch(folder, settings["fetch"], settings["fetch_cap"], report) if settings.get("fetch") else b""
         if report or body:
-            channel.write_exactly(report_fd, channel.pack(channel.DONE, 0, report, body))
+            channel.write_exactly(report_fd, channel.pack(channel.DONE, 0, report, display + body))
     os._exit(status)

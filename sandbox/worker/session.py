@@ -20,9 +20,10 @@ from typing import Any
 from sandbox.linux import landlock, seccomp
 from sandbox.linux.syscalls import SUPPORTED
 from sandbox.worker import branch, channel, files, root, stage
-from sandbox.worker.display import cell_name, describe, rich_results, run_source
+from sandbox.worker.display import cell_name, describe, packed, rich_results, run_source
 
 _TREE_LOCK = seccomp.build_tree_lock() if SUPPORTED else b""
+_getpid = os.getpid  # whatever user code makes of it
 _HIGH = 250  # below the limit of descriptors, 256
 
 
@@ -32,6 +33,7 @@ class Interpreter:
     def __init__(self, stand: stage.Stand, job: int, report: int, settings: dict[str, Any], filtered: bool) -> None:
         self.job, self.report, self.filtered = job, report, filtered
         self.processes = settings["processes"]
+        self.process = _getpid()
         folder = os.getcwd()  # noqa: PTH109
         self.home = branch.Home(folder, folder)
         self.readable = branch.readable_paths(folder)
@@ -60,7 +62,9 @@ class Interpreter:
             body = b""
             try:
                 if kind == channel.EXEC:
-                    answer = self.execute(fields, data)
+                    answer, body = self.execute(fields, data)
+                    if _getpid() != self.process:  # user code has forked, and this is what came of it
+                        os._exit(answer.get("exit_code", int("exception" in answer)))
                 elif kind == channel.FORK:
                     if self.fork(fields):
                         continue  # in the copy: it has said hello already
@@ -69,7 +73,9 @@ class Interpreter:
                 elif kind == channel.GET:
                     body = files.read(self.home.folder, fields["path"], fields["cap"])
                 elif kind == channel.LIST:
-                    answer = {"files": files.listing(self.home.folder)}
+                    found = files.listing(self.home.folder)
+                    answer = {"sizes": [size for _, size in found]}
+                    body = b"\0".join([os.fsencode(path) for path, _ in found])
                 elif kind == channel.SLEEP:
                     branch.sleep()
                     self.asleep = True
@@ -84,8 +90,8 @@ class Interpreter:
                 branch.remove_dead(self.home, fields["dead"])  # nobody waits for that
             del data, fields
 
-    def execute(self, fields: dict[str, Any], data: bytes) -> dict[str, Any]:
-        """Run one cell. The answer holds exception, exit_code, rss (KiB) and, when asked for, display."""
+    def execute(self, fields: dict[str, Any], data: bytes) -> tuple[dict[str, Any], bytes]:
+        """Run one cell. The answer holds exception, exit_code, rss (KiB) and, when asked for, display and its data."""
         stdin_size = fields.get("stdin_size", 0)
         code = data[: len(data) - stdin_size]
         if stdin_size or self.fed:
@@ -96,16 +102,17 @@ class Interpreter:
         self.raw.written = 0
         signal.signal(signal.SIGINT, self._interrupt)
         answer: dict[str, Any] = {}
+        display = b""
         try:
             self.armed = True
-            self._run(code.decode(), bool(fields.get("rich")), answer)
+            display = self._run(code.decode(), bool(fields.get("rich")), answer)
             self.armed = False
         except BaseException as error:  # an interrupt between two of our own steps
             self.armed = False
             answer["exception"] = describe(error)
         self._flush()
         answer["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return answer
+        return answer, display
 
     def _feed(self, stdin: bytes) -> None:
         """Standard input of the next cell."""
@@ -121,12 +128,13 @@ class Interpreter:
         with contextlib.suppress(BaseException):
             self.stdout.flush()
 
-    def _run(self, code: str, rich: bool, answer: dict[str, Any]) -> None:
+    def _run(self, code: str, rich: bool, answer: dict[str, Any]) -> bytes:
         shown: list[Any] = []
+        display = b""
         try:
             run_source(code, self.names, self.raw, cell_name(self.number), shown if rich else None)
             if rich:
-                answer["display"] = rich_results(shown)
+                answer["display"], display = packed(rich_results(shown))
         except SystemExit as error:
             answer["exit_code"] = stage.exit_code(error.code)
         except BaseException as error:
@@ -135,6 +143,7 @@ class Interpreter:
                 answer["exception"] = describe(error)
         if sys.stdout is not self.stdout:  # user code's own: it may hang, and be interrupted
             stage.flush_all(sys.stdout)
+        return display
 
     def _allow_processes(self, count: int) -> None:
         """Copies of us count against our limit: the supervisor says how many there are."""
@@ -178,6 +187,7 @@ class Interpreter:
         """
         try:
             os.setsid()  # first: from now on it may be killed with its group
+            self.process = _getpid()
             self.job, received[0] = received[0], self.job
             self.report, received[3] = received[3], self.report
             if not self.asleep:

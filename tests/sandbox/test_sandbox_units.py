@@ -10,21 +10,32 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sandbox import Limits, LocalSandbox, SandboxInfraError, Status, wire
-from sandbox.frames import FrameProtocol, pack_frame
+from sandbox import ExecResult, Limits, LocalSandbox, SandboxInfraError, Status, paths, wire
+from sandbox.codec import dumps, result_fields
+from sandbox.frames import MAX_FRAME, FrameProtocol, pack_frame
 from sandbox.linux import seccomp
 from sandbox.linux.numbers import ALLOWED, SPECIAL
-from sandbox.supervisor import idempotency
-from sandbox.supervisor.outcome import Ending, digest, judge, parse_exception, parse_files, parse_frame
+from sandbox.supervisor import cgroups, idempotency
+from sandbox.supervisor.outcome import (
+    Ending,
+    Kills,
+    digest,
+    judge,
+    parse_display,
+    parse_exception,
+    parse_files,
+    parse_frame,
+)
 from sandbox.supervisor.pump import Stream
 from sandbox.supervisor.settings import Settings
 from sandbox.worker.channel import DONE, FRAME
-from sandbox.worker.display import describe
+from sandbox.worker.display import DISPLAYS_MAX, RESULT_BYTES, describe, packed, weight
 from tests.sandbox.conftest import ROOT
 
 text = st.text(st.characters())  # lone surrogates included
@@ -157,6 +168,40 @@ def test_an_unexplained_kill_is_ours(oom: int, code: str) -> None:
     assert caught.value.code == code and caught.value.retryable
 
 
+def test_a_kill_by_relatives_is_neither_ours_nor_attested() -> None:
+    outcome = judge(Ending(signal.SIGKILL, 10_000, None, REPORT, related=True), Limits())
+    assert (outcome.status, outcome.signal, outcome.attested) == (Status.SIGNAL, 9, False)
+    with pytest.raises(SandboxInfraError):
+        judge(Ending(signal.SIGKILL, 10_000, None, REPORT, oom=1, related=True), Limits())
+
+
+def test_kills_in_our_groups_are_not_the_machines(tmp_path: Path) -> None:
+    class Driver:
+        events = "events"
+
+    groups = []
+    for number, count in enumerate((0, 3, 0)):
+        group = object.__new__(cgroups.Group)
+        group.folder, group._driver, group.lent_at = tmp_path / str(number), Driver(), 0  # type: ignore[assignment]
+        group.folder.mkdir()
+        (group.folder / "events").write_text(f"low 0\noom 9\noom_kill {count}\n")
+        groups.append(group)
+    first, second, third = groups
+
+    def now(machine: int) -> Kills:
+        return Kills(machine, {group: group.kills() for group in groups})
+
+    before = now(10)
+    (first.folder / "events").write_text("oom_kill 2\n")
+    (third.folder / "events").write_text("oom_kill 1\n")
+    for _ in range(2):  # whoever asks uses nothing up
+        assert now(13).since(before, first) == (0, 2) and now(15).since(before, second) == (2, 0)
+    second.lent_at, first.lent_at = 3, 2  # given back and lent again since `before`
+    assert now(13).since(before, first) == (0, 0)
+    for group in groups:
+        del cgroups._KILLS[group]
+
+
 @given(st.binary())
 def test_any_report_is_parsed_or_nothing(data: bytes) -> None:
     for frame in (data, FRAME.pack(DONE, 0, len(data), 0) + data):
@@ -174,8 +219,42 @@ json_values = st.recursive(
 def test_any_fields_are_an_exception_or_nothing(fields: object, body: bytes) -> None:
     found = parse_exception(fields)
     assert found is None or all(isinstance(value, str) for value in found.__dict__.values())
-    for name, data in parse_files({"files": fields}, body, ["a", "b"]).items():
-        assert name in ("a", "b") and data in body
+    for table in (fields, [fields], [[1, fields]]):
+        for name, data in parse_files({"files": table}, body, ["a", "b"]).items():
+            assert name in ("a", "b") and data in body
+    assert parse_files({"files": [[1, len(body)], [0, 0]]}, body, ["a", "b"]) == {"a": b"", "b": body}
+
+
+table_values = st.recursive(
+    st.sampled_from(["text/plain", "x" * 65, -1, 0, 1, 2, 1 << 70]), lambda inner: st.lists(inner, max_size=10)
+)
+
+
+@given(table_values, st.binary())
+@example([[["a", 2]], [["b", 1], ["c", 1]]], b"\xc3\xa9bc!")
+@example([[["a", 1]]] * 9, b"0123456789")
+@example([[["a", 1]] * 9], b"0123456789")
+def test_any_table_is_rich_results_or_nothing(table: object, body: bytes) -> None:
+    results, used = parse_display({"display": table}, body)
+    texts = [text for result in results for text in result.values()]
+    assert len(results) <= 8 and all(0 < len(result) <= 8 for result in results)
+    assert sum(len(text.encode()) for text in texts) <= used <= len(body)
+    if table == [[["a", 2]], [["b", 1], ["c", 1]]]:
+        assert (results, used) == ([{"a": "é"}, {"b": "b", "c": "c"}], 4)
+
+
+@pytest.mark.parametrize("letter", ["x", '"', "\\", "\n", "\x01", "\x7f", "é", "€", "😀"])
+def test_the_largest_rich_results_fit_beside_the_largest_file(letter: str) -> None:
+    """In a frame as well as in an answer of the service, where all is ASCII."""
+    full = letter.encode() * (RESULT_BYTES // weight(letter.encode()))
+    table, body = packed([{"text/plain": full}] * DISPLAYS_MAX)
+    results, used = parse_display(json.loads(json.dumps({"display": table})), body)
+    assert results == [{"text/plain": full.decode()}] * DISPLAYS_MAX and used == len(body)
+    fields = result_fields(ExecResult(Status.OK, stdout="\x01" * 90_000, display=tuple(results)))
+    spare = MAX_FRAME - 4 * paths.MAX_BYTES // 3 - 1024 * 1024
+    assert max(len(dumps(fields)), len(pack_frame(fields))) < spare
+    more, used = parse_display({"display": [[["a", len(full) + 8], ["b", 1]]]}, full + letter.encode() * 8 + b"b")
+    assert more == []
 
 
 @given(st.lists(text, min_size=1), st.lists(text, min_size=1))
