@@ -352,7 +352,7 @@ async def test_a_child_of_user_code_that_comes_back_says_nothing(box: LocalSandb
 
 REPORT = """
 import os, struct
-report = next(fd for fd in range(3, 1024) if os.path.exists(f"/proc/self/fd/{fd}") and os.stat(fd).st_mode >> 12 == 1)
+report = max(map(int, os.listdir("/proc/self/fd")))
 def say(number, head, body=b""):
     data = memoryview(struct.pack("!cIII", b"D", number, len(head), len(body)) + head + body)
     while data: data = data[os.write(report, data):]
