@@ -14,11 +14,12 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
+from urllib.parse import quote
 
-from sandbox.codec import dumps, encode_bytes, parse_result
-from sandbox.remote_batch import MAX_ITEM_BYTES, Coalescer
-from sandbox.remote_endpoint import Answer, Endpoint, LostRequest
+from sandbox.codec import dumps, encode_bytes
+from sandbox.remote_batch import MAX_ITEM_BYTES, Coalescer, exec_result
+from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Nonsense, Parse
 from sandbox.remote_retry import RetryBudget, backoff
 from sandbox.remote_session import RemoteSession, open_session, restore_sessions
 from sandbox.types import (
@@ -26,6 +27,7 @@ from sandbox.types import (
     Limits,
     SandboxError,
     SandboxOverloaded,
+    SandboxProtocolError,
     SandboxUnavailable,
     Session,
     SessionError,
@@ -36,7 +38,9 @@ QUEUE_S = 30.0
 """Longest wait in one server's queue before it is asked again, or another is."""
 _MARGIN_S = 10.0
 _COALESCE_FROM = 12
-Attempt = Callable[[float], Awaitable[Answer]]
+_NONSENSE = 3
+"""Answers that are none of ours, from each server, after which one call gives up."""
+Value = TypeVar("Value")
 
 
 class RemoteSandbox:
@@ -48,9 +52,9 @@ class RemoteSandbox:
     `coalesce`: send executions that are asked for together in batches.
 
     A call goes to the least loaded server that works. It is retried, under one idempotency key, when the connection
-    breaks, the answer is lost, or the server fails or is overloaded: with jittered, growing pauses, within `total_s`
-    and a budget of retries. Only failures of the infrastructure raise, as with `LocalSandbox`. Cancelling a call does
-    not end what runs already; its limits do.
+    breaks, the answer is lost or none of ours, or the server fails or is overloaded: elsewhere where another is free,
+    with jittered, growing pauses, within `total_s` and a budget of retries. Only failures of the infrastructure raise,
+    as with `LocalSandbox`. Cancelling a call does not end what runs already; its limits do.
     """
 
     def __init__(
@@ -94,15 +98,11 @@ class RemoteSandbox:
 
     async def _greet(self, endpoint: Endpoint) -> Exception | None:
         try:
-            answer = await endpoint.send("GET", "/v1/capabilities", seconds=30.0)
-            error = answer.error()
-            if error is None:
-                self.default_wall_s = max(
-                    self.default_wall_s, float(answer.fields().get("limits", {}).get("wall_s", 0.0))
-                )
+            wall_s = await endpoint.ask("GET", "/v1/capabilities", _default_wall_s, seconds=30.0)
+            self.default_wall_s = max(self.default_wall_s, wall_s)
+        except (SandboxError, ValueError) as error:
             return error
-        except (SandboxError, TypeError, ValueError, AttributeError) as error:
-            return error
+        return None
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
@@ -118,46 +118,69 @@ class RemoteSandbox:
     # --- one call -----------------------------------------------------------------------------------------------
 
     async def pick(
-        self, seconds: float, prefer: Endpoint | None = None, avoid: Collection[Endpoint] = (), *, sticky: bool = False
+        self,
+        seconds: float,
+        prefer: Endpoint | None = None,
+        avoid: Collection[Endpoint] = (),
+        *,
+        shun: Endpoint | None = None,
+        sticky: bool = False,
     ) -> Endpoint:
         """The server for the next attempt: `prefer` when it works, else the least loaded that does (`sticky`: the one
-        with the fewest of our sessions). While none does, waits for the first to be tried again. Raises
-        `SandboxUnavailable` after `seconds`."""
+        with the fewest of our sessions). One that said it is full, or is `shun`, comes last. While none works, waits
+        for the first to be tried again. Raises `SandboxUnavailable` after `seconds`."""
         end = time.monotonic() + seconds
+
+        def rank(endpoint: Endpoint) -> tuple[bool, bool, int, float]:
+            load = endpoint.sessions if sticky else endpoint.in_flight
+            return endpoint.wait_s() > 0.0, endpoint is shun, load, self._rng.random()
+
         while True:
             if prefer is not None and prefer.breaker.wait_s() == 0.0:
                 return prefer
             waits = {each: each.breaker.wait_s() for each in self.endpoints if each not in avoid}
             usable = [endpoint for endpoint, wait in waits.items() if wait == 0.0]
             if usable:
-                return min(usable, key=lambda e: (e.sessions if sticky else e.in_flight, self._rng.random()))
+                return min(usable, key=rank)
             wait = min(waits.values(), default=seconds)
             if time.monotonic() + wait >= end:
-                raise SandboxUnavailable(f"none of {', '.join(e.url for e in self.endpoints)} works")
+                raise self._nobody()
             await asyncio.sleep(max(wait, 0.005))
 
-    async def persist(self, attempt: Attempt, seconds: float, overload_s: float | None = None) -> Answer:
-        """The answer of the first attempt that gets one, or the last attempt's error. `overload_s`: how long to go on
-        asking servers that are overloaded."""
+    def _nobody(self) -> SandboxError:
+        """Why no server can be asked."""
+        kind: type[SandboxError] = SandboxUnavailable
+        if all(isinstance(endpoint.trouble, Nonsense) for endpoint in self.endpoints):
+            kind = SandboxProtocolError
+        return kind("no server works: " + "; ".join(str(e.trouble or e.url) for e in self.endpoints))
+
+    async def persist(
+        self,
+        attempt: Callable[[float], Awaitable[Value]],
+        seconds: float,
+        overload_s: float | None = None,
+        among: Sequence[Endpoint] | None = None,
+    ) -> Value:
+        """What the first attempt that succeeds brings, or the last one's error. `overload_s`: how long to go on asking
+        servers that are overloaded. `among`: the servers that may be asked, if not all."""
         if not self._opened:
             raise SandboxUnavailable("the sandbox is not open: use `async with RemoteSandbox(...) as box`")
+        among = among or self.endpoints
         self.budget.deposit()
         started = time.monotonic()
-        number = 0
+        number = nonsense = 0
         while True:
             try:
-                answer = await attempt(seconds - (time.monotonic() - started))
-                error = answer.error()
-                if error is None:
-                    return answer
+                return await attempt(seconds - (time.monotonic() - started))
             except SandboxError as failure:
                 error = failure
             number += 1
-            if not isinstance(error, SandboxError) or isinstance(error, SessionError) or not error.retryable:
+            nonsense += isinstance(error, Nonsense)
+            if isinstance(error, SessionError) or not error.retryable or nonsense >= _NONSENSE * len(among):
                 raise error
-            wait = backoff(number, error, self._rng)
-            spent = time.monotonic() - started + wait
             crowded = isinstance(error, SandboxOverloaded)
+            wait = backoff(number, min(each.wait_s() for each in among) if crowded else 0.0, self._rng)
+            spent = time.monotonic() - started + wait
             if spent >= seconds or (crowded and overload_s is not None and spent >= overload_s):
                 raise error
             if not crowded and not self.budget.withdraw():
@@ -221,23 +244,31 @@ class RemoteSandbox:
     ) -> ExecResult:
         end = time.monotonic() + (deadline_s if deadline_s is not None else seconds)
         prefer: Endpoint | None = None
+        shun: Endpoint | None = None
+        alone = not self.coalesce or size > MAX_ITEM_BYTES
 
-        async def attempt(left: float) -> Answer:
-            nonlocal prefer
+        async def attempt(left: float) -> ExecResult:
+            nonlocal prefer, shun
             queue_s = max(0.001, min(QUEUE_S, end - time.monotonic()))
             fields["deadline_ms"] = 1e3 * queue_s
             most = min(left, queue_s + wall_s + _MARGIN_S)
-            if self.coalesce and self._executing >= _COALESCE_FROM and size <= MAX_ITEM_BYTES and prefer is None:
-                return await self._coalescer.send(dict(fields), most)
-            endpoint = await self.pick(left, prefer)
-            prefer = None
+            together = not alone and self._executing >= _COALESCE_FROM and prefer is None and shun is None
             try:
-                return await endpoint.send("POST", "/v1/exec", dumps(fields), seconds=most, headers=_JSON)
+                if together:
+                    return await self._coalescer.send(dict(fields), most)
+                endpoint = await self.pick(left, prefer, shun=shun)
+                prefer = shun = None
+                return await endpoint.ask("POST", "/v1/exec", exec_result, dumps(fields), seconds=most, headers=_JSON)
             except LostRequest as lost:
-                prefer = endpoint if lost.sent else None  # it may have run there: its answer is kept
+                kept = lost.sent and not lost.late  # it may have run there, and be answered from memory
+                prefer = lost.server if kept and not together else None
+                shun = None if kept else lost.server
+                raise
+            except Nonsense as strange:
+                prefer, shun = None, strange.server
                 raise
 
-        return parse_result((await self.persist(attempt, seconds, deadline_s)).fields())
+        return await self.persist(attempt, seconds, deadline_s)
 
     # --- sessions -----------------------------------------------------------------------------------------------
 
@@ -273,18 +304,18 @@ class RemoteSandbox:
 
     async def drop_snapshot(self, snapshot: str) -> None:
         """As `Sandbox.drop_snapshot`."""
-        await self.everywhere("DELETE", f"/v1/snapshots/{snapshot}", "no_snapshot")
+        await self.everywhere("DELETE", f"/v1/snapshots/{quote(snapshot, safe='')}", "no_snapshot", Answer.fields)
 
     async def everywhere(
-        self, method: str, path: str, missing: str, body: dict[str, Any] | None = None
-    ) -> tuple[Endpoint, Answer]:
+        self, method: str, path: str, missing: str, parse: Parse[Value], body: dict[str, Any] | None = None
+    ) -> tuple[Endpoint, Value]:
         """Ask one server after another until one knows the session or snapshot. Raises `SessionError` (`missing`) when
         all say that they do not."""
         unreachable: SandboxError | None = None
         unknown: SandboxError | None = None
         for endpoint in self.endpoints:
             try:
-                return endpoint, await self.at(endpoint, method, path, body)
+                return endpoint, await self.at(endpoint, method, path, parse, body)
             except SessionError as error:
                 if error.code != missing:
                     raise
@@ -298,23 +329,28 @@ class RemoteSandbox:
         endpoint: Endpoint,
         method: str,
         path: str,
+        parse: Parse[Value],
         body: dict[str, Any] | bytes | None = None,
         *,
         seconds: float = 60.0,
-    ) -> Answer:
+    ) -> Value:
         """A request to one server, retried there; its JSON or bytes may be repeated without harm."""
         data = dumps(body) if isinstance(body, dict) else body
         headers = _BYTES if isinstance(body, bytes) else _JSON
 
-        async def attempt(left: float) -> Answer:
-            end = time.monotonic() + left
-            while wait := endpoint.breaker.wait_s():
-                if time.monotonic() + wait >= end:
-                    raise SandboxUnavailable(f"{endpoint.url} does not work")
-                await asyncio.sleep(wait)
-            return await endpoint.send(method, path, data, seconds=min(left, seconds), headers=headers)
+        async def attempt(left: float) -> Value:
+            await self.usable(endpoint, left)
+            return await endpoint.ask(method, path, parse, data, seconds=min(left, seconds), headers=headers)
 
-        return await self.persist(attempt, min(self.total_s, 2 * seconds))
+        return await self.persist(attempt, min(self.total_s, 2 * seconds), among=[endpoint])
+
+    async def usable(self, endpoint: Endpoint, seconds: float) -> None:
+        """Wait until one server may be asked. Raises what is wrong with it when that is not within `seconds`."""
+        end = time.monotonic() + seconds
+        while wait := endpoint.breaker.wait_s():
+            if time.monotonic() + wait >= end:
+                raise endpoint.trouble or SandboxUnavailable(f"{endpoint.url} does not work")
+            await asyncio.sleep(wait)
 
     # --- looking ------------------------------------------------------------------------------------------------
 
@@ -332,18 +368,26 @@ class RemoteSandbox:
 
     async def _ask(self, endpoint: Endpoint, path: str) -> dict[str, Any] | None:
         try:
-            answer = await endpoint.send("GET", path, seconds=5.0)
-            return answer.fields() if answer.status == 200 else None
+            return await endpoint.ask("GET", path, Answer.fields, seconds=5.0)
         except SandboxError:
             return None
 
     async def capabilities(self) -> dict[str, Any]:
         """Of the least loaded server that works."""
 
-        async def attempt(left: float) -> Answer:
-            return await (await self.pick(left)).send("GET", "/v1/capabilities", seconds=min(left, 10.0))
+        async def attempt(left: float) -> dict[str, Any]:
+            endpoint = await self.pick(left)
+            return await endpoint.ask("GET", "/v1/capabilities", Answer.fields, seconds=min(left, 10.0))
 
-        return (await self.persist(attempt, min(self.total_s, 30.0))).fields()
+        return await self.persist(attempt, min(self.total_s, 30.0))
+
+
+def _default_wall_s(answer: Answer) -> float:
+    """Of executions that name no limits, as a server's capabilities have it. Raises `SandboxProtocolError`."""
+    try:
+        return Limits(wall_s=float(answer.fields()["limits"]["wall_s"])).wall_s
+    except (KeyError, TypeError, ValueError) as error:
+        raise SandboxProtocolError(f"these are no capabilities: {error!r:.200}") from None
 
 
 _JSON = {"Content-Type": "application/json"}

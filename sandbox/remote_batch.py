@@ -12,21 +12,22 @@ from typing import Any
 
 import aiohttp
 
-from sandbox.codec import dumps
+from sandbox.codec import dumps, parse_result
 from sandbox.remote_endpoint import MAX_ANSWER, Answer, Endpoint, LostRequest
-from sandbox.types import SandboxError, SandboxProtocolError
+from sandbox.types import ExecResult, SandboxError, SandboxProtocolError
 
 WINDOW_S = 0.003
 """Longest wait for company."""
 MAX_ITEMS = 64
 MAX_ITEM_BYTES = 128 * 1024
 """A larger request goes alone."""
+_LINES = "application/x-ndjson"
 
-Item = tuple[dict[str, Any], float, "asyncio.Future[Answer]"]
+Item = tuple[dict[str, Any], float, "asyncio.Future[ExecResult]"]
 
 
 class Coalescer:
-    """`await send(fields, seconds)`: the answer to one execution, sent together with others."""
+    """`await send(fields, seconds)`: the result of one execution, sent together with others."""
 
     def __init__(self, pick: Callable[[float], Awaitable[Endpoint]]) -> None:
         self._pick = pick
@@ -35,10 +36,10 @@ class Coalescer:
         self._tasks: set[asyncio.Task[None]] = set()
         self.batches = 0
 
-    async def send(self, fields: dict[str, Any], seconds: float) -> Answer:
-        """Raises what sending the batch raised."""
+    async def send(self, fields: dict[str, Any], seconds: float) -> ExecResult:
+        """Raises what sending the batch raised, and what its own line says."""
         loop = asyncio.get_running_loop()
-        future: asyncio.Future[Answer] = loop.create_future()
+        future: asyncio.Future[ExecResult] = loop.create_future()
         self._items.append((fields, seconds, future))
         if len(self._items) >= MAX_ITEMS:
             self._flush()
@@ -74,24 +75,40 @@ class Coalescer:
         body = dumps({"items": [item[0] for item in items]})
         headers = {"Content-Type": "application/json"}
         async with endpoint.stream("POST", "/v1/batch", body, seconds=seconds, headers=headers) as response:
-            if response.status != 200:
-                whole = Answer(response.status, b"".join([chunk async for chunk in _bounded(response)]))
-                endpoint.judge(whole)
-                for _, _, future in items:
-                    if not future.done():
-                        future.set_result(whole)
-                return
-            async for line in _lines(response):
-                index, answer = _parse(line, len(items))
-                if not items[index][2].done():
-                    items[index][2].set_result(answer)
-        _settle(items, LostRequest(f"{endpoint.url} ended a batch early", sent=True))
+            if response.status != 200 or not response.headers.get("content-type", "").startswith(_LINES):
+                endpoint.take(await endpoint.read(response), _no_batch)
+            try:
+                async for line in _lines(response):
+                    index, answer = _parse(line, len(items))
+                    _answer(items[index][2], endpoint, answer)
+            except SandboxProtocolError as strange:
+                raise endpoint.nonsense(str(strange)) from None
+        if not all(item[2].done() for item in items):
+            _settle(items, endpoint.lost("ended a batch early", sent=True))
 
     async def close(self) -> None:
         """Give up what is under way."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def exec_result(answer: Answer) -> ExecResult:
+    """The result of one execution. Raises `SandboxProtocolError`."""
+    return parse_result(answer.fields())
+
+
+def _no_batch(answer: Answer) -> None:
+    raise SandboxProtocolError(f"the server answered a batch with {answer.kind or 'nothing'}")
+
+
+def _answer(future: asyncio.Future[ExecResult], endpoint: Endpoint, answer: Answer) -> None:
+    if future.done():
+        return
+    try:
+        future.set_result(endpoint.take(answer, exec_result))
+    except (SandboxError, ValueError) as error:
+        future.set_exception(error)
 
 
 def _settle(items: list[Item], error: Exception) -> None:
@@ -110,15 +127,6 @@ def _parse(line: bytes, count: int) -> tuple[int, Answer]:
     if not 0 <= index < count:
         raise SandboxProtocolError(f"the server sent a result number {index} of {count}")
     return index, Answer(status, b"", parsed=body)
-
-
-async def _bounded(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    size = 0
-    async for chunk in response.content.iter_any():
-        size += len(chunk)
-        if size > MAX_ANSWER:
-            raise SandboxProtocolError(f"an answer of more than {MAX_ANSWER} bytes")
-        yield chunk
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

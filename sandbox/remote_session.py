@@ -10,8 +10,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
-from sandbox.codec import dumps, parse_files, parse_result
-from sandbox.remote_endpoint import Answer, Endpoint
+from sandbox.codec import dumps, parse_files
+from sandbox.remote_batch import exec_result
+from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Parse, Value
 from sandbox.types import (
     ExecResult,
     FileInfo,
@@ -29,47 +30,75 @@ _FORK_S = 120.0
 _JSON = {"Content-Type": "application/json"}
 
 
-def _sessions(box: RemoteSandbox, endpoint: Endpoint, answer: Answer, wall_s: float) -> list[Session]:
-    try:
-        return [
-            RemoteSession(box, endpoint, str(item["id"]), int(item["step"]), wall_s)
-            for item in answer.fields()["sessions"]
-        ]
-    except (KeyError, TypeError, ValueError) as error:
-        raise SandboxProtocolError(f"the server sent malformed sessions: {error!r:.200}") from None
+Described = tuple[str, int]
+"""A session's id, and the number of its last execution."""
 
 
-def _described(answer: Answer) -> tuple[str, int]:
-    fields = answer.fields()
+def _described(answer: Answer) -> Described:
+    return _row(answer.fields())
+
+
+def _row(fields: Any) -> Described:
     try:
         return str(fields["id"]), int(fields["step"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SandboxProtocolError(f"the server sent a malformed session: {error!r:.200}") from None
+
+
+def _all_described(answer: Answer) -> list[Described]:
+    rows = answer.fields().get("sessions")
+    if not isinstance(rows, list):
+        raise SandboxProtocolError("the server sent no sessions")
+    return [_row(row) for row in rows]
+
+
+def _snapshot(answer: Answer) -> str:
+    ident = answer.fields().get("snapshot")
+    if not isinstance(ident, str):
+        raise SandboxProtocolError("the server sent no snapshot id")
+    return ident
+
+
+def _lease(answer: Answer) -> float:
+    try:
+        return float(answer.fields()["lease_s"])
+    except (KeyError, TypeError, ValueError):
+        raise SandboxProtocolError("the server sent no lease") from None
+
+
+def _files(answer: Answer) -> list[FileInfo]:
+    return parse_files(answer.fields())
 
 
 async def open_session(box: RemoteSandbox, fields: dict[str, Any]) -> RemoteSession:
     """A new session on the server with the fewest of ours; on another when that one fails or has no room."""
     prefer: Endpoint | None = None
+    shun: Endpoint | None = None
     full: set[Endpoint] = set()
     body = dumps(fields)
 
-    async def attempt(left: float) -> Answer:
-        nonlocal prefer
-        endpoint = await box.pick(left, prefer, full, sticky=True)
-        prefer = endpoint  # a session may have been opened although the answer was lost: there, the key finds it
-        answer = await endpoint.send("POST", "/v1/sessions", body, seconds=min(left, 60.0), headers=_JSON)
-        error = answer.error()
-        if isinstance(error, SessionError) and error.code == "too_many" and len(full) + 1 < len(box.endpoints):
+    async def attempt(left: float) -> tuple[Endpoint, Described]:
+        nonlocal prefer, shun
+        endpoint = await box.pick(left, prefer, full, shun=shun, sticky=True)
+        prefer, shun = None, endpoint
+        try:
+            seconds = min(left, 60.0)
+            return endpoint, await endpoint.ask(
+                "POST", "/v1/sessions", _described, body, seconds=seconds, headers=_JSON
+            )
+        except LostRequest as lost:
+            if lost.sent and not lost.late:  # a session may have been opened there: the key finds it
+                prefer, shun = endpoint, None
+            raise
+        except SessionError as error:
+            if error.code != "too_many" or len(full) + 1 >= len(box.endpoints):
+                raise
             full.add(endpoint)
-            prefer = None
-            raise SandboxUnavailable(f"{endpoint.url}: {error}")
-        return answer
+            raise SandboxUnavailable(f"{endpoint.url}: {error}") from error
 
-    answer = await box.persist(attempt, box.total_s)
-    assert prefer is not None
-    ident, step = _described(answer)
+    endpoint, described = await box.persist(attempt, box.total_s)
     wall_s = float(fields.get("limits", {}).get("wall_s", box.default_wall_s))
-    return RemoteSession(box, prefer, ident, step, wall_s)
+    return RemoteSession(box, endpoint, *described, wall_s)
 
 
 async def restore_sessions(box: RemoteSandbox, snapshot: str, count: int, seeds: Sequence[int] | None) -> list[Session]:
@@ -78,8 +107,8 @@ async def restore_sessions(box: RemoteSandbox, snapshot: str, count: int, seeds:
     if seeds is not None:
         fields["seeds"] = list(seeds)
     path = f"/v1/snapshots/{quote(snapshot, safe='')}/restore"
-    endpoint, answer = await box.everywhere("POST", path, "no_snapshot", fields)
-    return _sessions(box, endpoint, answer, box.default_wall_s)
+    endpoint, rows = await box.everywhere("POST", path, "no_snapshot", _all_described, fields)
+    return [RemoteSession(box, endpoint, *row, box.default_wall_s) for row in rows]
 
 
 class RemoteSession:
@@ -98,8 +127,8 @@ class RemoteSession:
     async def find(cls, box: RemoteSandbox, ident: str) -> RemoteSession:
         """A handle of a session that is open. Raises `SessionError` (no_session)."""
         path = f"/v1/sessions/{quote(ident, safe='')}"
-        endpoint, answer = await box.everywhere("GET", path, "no_session")
-        return cls(box, endpoint, *_described(answer), box.default_wall_s)
+        endpoint, described = await box.everywhere("GET", path, "no_session", _described)
+        return cls(box, endpoint, *described, box.default_wall_s)
 
     async def __aenter__(self) -> Self:
         return self
@@ -109,9 +138,11 @@ class RemoteSession:
     ) -> None:
         await self.close()
 
-    async def _post(self, what: str, fields: dict[str, Any] | None = None, seconds: float = 60.0) -> Answer:
+    async def _post(
+        self, what: str, parse: Parse[Value], fields: dict[str, Any] | None = None, seconds: float = 60.0
+    ) -> Value:
         body = {**(fields or {}), "idempotency_key": secrets.token_hex(16)}
-        return await self._box.at(self._endpoint, "POST", f"{self._path}/{what}", body, seconds=seconds)
+        return await self._box.at(self._endpoint, "POST", f"{self._path}/{what}", parse, body, seconds=seconds)
 
     async def exec(
         self,
@@ -131,10 +162,9 @@ class RemoteSession:
         wall_s = limits.wall_s if limits is not None else self._wall_s
         self._executing = True
         try:
-            answer = await self._post("exec", fields, wall_s + 40.0)
+            result = await self._post("exec", exec_result, fields, wall_s + 40.0)
         finally:
             self._executing = False
-        result = parse_result(answer.fields())
         self.step = max(self.step, result.step)
         return result
 
@@ -143,31 +173,25 @@ class RemoteSession:
         fields: dict[str, Any] = {"count": count}
         if seeds is not None:
             fields["seeds"] = list(seeds)
-        return _sessions(self._box, self._endpoint, await self._post("fork", fields, _FORK_S), self._wall_s)
+        rows = await self._post("fork", _all_described, fields, _FORK_S)
+        return [RemoteSession(self._box, self._endpoint, *row, self._wall_s) for row in rows]
 
     async def snapshot(self) -> str:
         """As `Session.snapshot`."""
-        fields = (await self._post("snapshot")).fields()
-        if not isinstance(fields.get("snapshot"), str):
-            raise SandboxProtocolError("the server sent no snapshot id")
-        return str(fields["snapshot"])
+        return await self._post("snapshot", _snapshot)
 
     async def restore(self, snapshot: str) -> None:
         """As `Session.restore`."""
-        self.step = _described(await self._post("restore", {"snapshot": snapshot}))[1]
+        _, self.step = await self._post("restore", _described, {"snapshot": snapshot})
 
     async def interrupt(self) -> bool:
         """As `Session.interrupt`."""
-        answer = await self._box.at(self._endpoint, "POST", f"{self._path}/interrupt")
-        return bool(answer.fields().get("interrupted"))
+        said = await self._box.at(self._endpoint, "POST", f"{self._path}/interrupt", Answer.fields)
+        return bool(said.get("interrupted"))
 
     async def heartbeat(self) -> float:
         """As `Session.heartbeat`."""
-        answer = await self._box.at(self._endpoint, "POST", f"{self._path}/heartbeat")
-        try:
-            return float(answer.fields()["lease_s"])
-        except (KeyError, TypeError, ValueError):
-            raise SandboxProtocolError("the server sent no lease") from None
+        return await self._box.at(self._endpoint, "POST", f"{self._path}/heartbeat", _lease)
 
     def _file(self, path: str) -> str:
         parts = [quote(part.encode("utf-8", "surrogateescape"), safe="") for part in path.split("/")]
@@ -176,15 +200,15 @@ class RemoteSession:
 
     async def write_file(self, path: str, data: bytes) -> None:
         """As `Session.write_file`."""
-        await self._box.at(self._endpoint, "PUT", self._file(path), data)
+        await self._box.at(self._endpoint, "PUT", self._file(path), Answer.fields, data)
 
     async def read_file(self, path: str) -> bytes:
         """As `Session.read_file`."""
-        return (await self._box.at(self._endpoint, "GET", self._file(path))).body
+        return await self._box.at(self._endpoint, "GET", self._file(path), Answer.content)
 
     async def list_files(self) -> list[FileInfo]:
         """As `Session.list_files`."""
-        return parse_files((await self._box.at(self._endpoint, "GET", f"{self._path}/files")).fields())
+        return await self._box.at(self._endpoint, "GET", f"{self._path}/files", _files)
 
     async def close(self) -> None:
         """As `Session.close`. A session that is gone already is closed."""
@@ -193,7 +217,7 @@ class RemoteSession:
         self._closed = True
         self._endpoint.sessions -= 1
         try:
-            await self._box.at(self._endpoint, "DELETE", self._path)
+            await self._box.at(self._endpoint, "DELETE", self._path, Answer.fields)
         except SessionError as error:
             if error.code not in ("no_session", "session_ended"):
                 raise
