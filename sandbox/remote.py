@@ -22,6 +22,7 @@ from sandbox.remote_batch import MAX_ITEM_BYTES, Coalescer, exec_result
 from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Nonsense, Parse
 from sandbox.remote_retry import RetryBudget, backoff
 from sandbox.remote_session import RemoteSession, open_session, restore_sessions
+from sandbox.remote_several import GREETING_S, greet, look
 from sandbox.types import (
     ExecResult,
     Limits,
@@ -40,6 +41,8 @@ _MARGIN_S = 10.0
 _COALESCE_FROM = 12
 _NONSENSE = 3
 """Answers that are none of ours, from each server, after which one call gives up."""
+_ROUNDS = 3
+"""How often all servers are asked for a session when one of them lost its answer on the way."""
 Value = TypeVar("Value")
 
 
@@ -82,23 +85,28 @@ class RemoteSandbox:
         self._coalescer = Coalescer(self.pick)
         self.default_wall_s = Limits().wall_s
         self._opened = False
+        self._background: set[asyncio.Task[Any]] = set()
 
     # --- opening ------------------------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        """Raises `SandboxUnavailable` when no server answers, `SandboxError` when one refuses the token."""
+        """Returns as soon as one server works. Raises `SandboxUnavailable` when none answers, `SandboxError` when one
+        refuses the token."""
         self._opened = True
-        found = await asyncio.gather(*(self._greet(endpoint) for endpoint in self.endpoints))
-        failures = [error for error in found if error is not None]
-        refused = [error for error in failures if not isinstance(error, SandboxUnavailable)]
-        if refused or len(failures) == len(self.endpoints):
+        greetings = {endpoint: asyncio.ensure_future(self._greet(endpoint)) for endpoint in self.endpoints}
+        for greeting in greetings.values():
+            self._background.add(greeting)
+            greeting.add_done_callback(self._background.discard)
+        try:
+            await greet(greetings)
+        except BaseException:
             await self.close()
-            raise (refused or failures)[0]
+            raise
         return self
 
     async def _greet(self, endpoint: Endpoint) -> Exception | None:
         try:
-            wall_s = await endpoint.ask("GET", "/v1/capabilities", _default_wall_s, seconds=30.0)
+            wall_s = await endpoint.ask("GET", "/v1/capabilities", _default_wall_s, seconds=GREETING_S)
             self.default_wall_s = max(self.default_wall_s, wall_s)
         except (SandboxError, ValueError) as error:
             return error
@@ -112,6 +120,9 @@ class RemoteSandbox:
     async def close(self) -> None:
         """Hang up; sessions on the servers live on until their leases end. May be called twice."""
         self._opened = False
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
         await self._coalescer.close()
         await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints))
 
@@ -307,22 +318,33 @@ class RemoteSandbox:
         await self.everywhere("DELETE", f"/v1/snapshots/{quote(snapshot, safe='')}", "no_snapshot", Answer.fields)
 
     async def everywhere(
-        self, method: str, path: str, missing: str, parse: Parse[Value], body: dict[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        missing: str,
+        parse: Parse[Value],
+        body: dict[str, Any] | None = None,
+        *,
+        seconds: float = 10.0,
     ) -> tuple[Endpoint, Value]:
-        """Ask one server after another until one knows the session or snapshot. Raises `SessionError` (`missing`) when
-        all say that they do not."""
-        unreachable: SandboxError | None = None
-        unknown: SandboxError | None = None
-        for endpoint in self.endpoints:
-            try:
-                return endpoint, await self.at(endpoint, method, path, parse, body)
-            except SessionError as error:
-                if error.code != missing:
-                    raise
-                unknown = error
-            except SandboxUnavailable as error:
-                unreachable = error
-        raise unreachable or unknown or SandboxUnavailable("no server")
+        """Ask all servers which of them knows a session or snapshot, and take the first that does. Raises
+        `SessionError` (`missing`) when all say that they do not, `SandboxUnavailable` when some cannot be asked."""
+        data = dumps(body) if body is not None else None
+        rounds = 0
+
+        async def attempt(left: float) -> tuple[Endpoint, Value] | SandboxError:
+            nonlocal rounds
+            rounds += 1
+
+            async def ask(endpoint: Endpoint) -> Value:
+                return await endpoint.ask(method, path, parse, data, seconds=min(left, seconds), headers=_JSON)
+
+            return await look(self.endpoints, missing, ask, again=rounds < _ROUNDS)
+
+        found = await self.persist(attempt, min(self.total_s, 120.0))
+        if isinstance(found, SandboxError):
+            raise found
+        return found
 
     async def at(
         self,

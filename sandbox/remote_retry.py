@@ -87,6 +87,10 @@ class Breaker:
         self._until = 0.0
         self._probing = False
 
+    def hold(self, seconds: float) -> None:
+        """The server is silent so far: nothing passes for so long, unless it answers."""
+        self._until = time.monotonic() + seconds
+
     def drop(self, probing: bool) -> None:
         """The request was given up by its caller: nothing is known."""
         if probing:

@@ -107,7 +107,7 @@ async def restore_sessions(box: RemoteSandbox, snapshot: str, count: int, seeds:
     if seeds is not None:
         fields["seeds"] = list(seeds)
     path = f"/v1/snapshots/{quote(snapshot, safe='')}/restore"
-    endpoint, rows = await box.everywhere("POST", path, "no_snapshot", _all_described, fields)
+    endpoint, rows = await box.everywhere("POST", path, "no_snapshot", _all_described, fields, seconds=60.0)
     return [RemoteSession(box, endpoint, *row, box.default_wall_s) for row in rows]
 
 
