@@ -7,6 +7,7 @@ async with RemoteSandbox(["http://10.0.0.5:8080", "http://10.0.0.6:8080"], token
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import random
 import secrets
@@ -85,6 +86,7 @@ class RemoteSandbox:
         self._coalescer = Coalescer(self.pick)
         self.default_wall_s = Limits().wall_s
         self._opened = False
+        self._closing = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
 
     # --- opening ------------------------------------------------------------------------------------------------
@@ -93,6 +95,9 @@ class RemoteSandbox:
         """Returns as soon as one server works. Raises `SandboxUnavailable` when none answers, `SandboxError` when one
         refuses the token."""
         self._opened = True
+        self._closing.clear()
+        for endpoint in self.endpoints:
+            endpoint.open()
         greetings = {endpoint: asyncio.ensure_future(self._greet(endpoint)) for endpoint in self.endpoints}
         for greeting in greetings.values():
             self._background.add(greeting)
@@ -118,8 +123,10 @@ class RemoteSandbox:
         await self.close()
 
     async def close(self) -> None:
-        """Hang up; sessions on the servers live on until their leases end. May be called twice."""
+        """Hang up: calls under way raise `SandboxUnavailable`; sessions on the servers live on until their leases end.
+        May be called twice."""
         self._opened = False
+        self._closing.set()
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
@@ -156,7 +163,18 @@ class RemoteSandbox:
             wait = min(waits.values(), default=seconds)
             if time.monotonic() + wait >= end:
                 raise self._nobody()
-            await asyncio.sleep(max(wait, 0.005))
+            await self._pause(max(wait, 0.005))
+
+    async def _pause(self, seconds: float) -> None:
+        """Raises `SandboxUnavailable` when this client is closed, before or meanwhile."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._closing.wait()
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if not self._opened:
+            raise SandboxUnavailable("the sandbox is not open: use `async with RemoteSandbox(...) as box`")
 
     def _nobody(self) -> SandboxError:
         """Why no server can be asked."""
@@ -174,8 +192,7 @@ class RemoteSandbox:
     ) -> Value:
         """What the first attempt that succeeds brings, or the last one's error. `overload_s`: how long to go on asking
         servers that are overloaded. `among`: the servers that may be asked, if not all."""
-        if not self._opened:
-            raise SandboxUnavailable("the sandbox is not open: use `async with RemoteSandbox(...) as box`")
+        self._check_open()
         among = among or self.endpoints
         self.budget.deposit()
         started = time.monotonic()
@@ -197,7 +214,7 @@ class RemoteSandbox:
             if not crowded and not self.budget.withdraw():
                 raise error
             self.retries += 1
-            await asyncio.sleep(wait)
+            await self._pause(wait)
 
     def key(self, given: str | None) -> str:
         """An idempotency key of this client's own: another client that uses the same words means something else."""
@@ -372,7 +389,7 @@ class RemoteSandbox:
         while wait := endpoint.breaker.wait_s():
             if time.monotonic() + wait >= end:
                 raise endpoint.trouble or SandboxUnavailable(f"{endpoint.url} does not work")
-            await asyncio.sleep(wait)
+            await self._pause(wait)
 
     # --- looking ------------------------------------------------------------------------------------------------
 

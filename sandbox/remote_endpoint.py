@@ -114,9 +114,16 @@ class Endpoint:
             self._headers["Authorization"] = f"Bearer {token}"
         self._connections = connections
         self._client: aiohttp.ClientSession | None = None
+        self._closed = False
 
-    def _open(self) -> aiohttp.ClientSession:
+    def open(self) -> None:
+        """Take requests, after `close` again."""
+        self._closed = False
+
+    def _session(self) -> aiohttp.ClientSession:
         """Made at the first request: it belongs to the event loop that runs then."""
+        if self._closed:
+            raise LostRequest(f"{self.url}: the client was closed", sent=False, server=self)
         if self._client is None:
             limit = self._connections
             self._client = aiohttp.ClientSession(
@@ -132,7 +139,8 @@ class Endpoint:
         return self._client
 
     async def close(self) -> None:
-        """Hang up."""
+        """Hang up: what is under way is lost."""
+        self._closed = True
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -231,7 +239,7 @@ class Endpoint:
             async with asyncio.timeout(max(0.001, seconds)):
                 url = URL(self._base + path, encoded=True)  # as it is: a part of a path may be dots
                 data = io.BytesIO(body) if body and len(body) > _LARGE else body  # sent in pieces
-                async with self._open().request(
+                async with self._session().request(
                     method, url, data=data, headers=headers, allow_redirects=False
                 ) as response:
                     yield response

@@ -12,6 +12,7 @@ import pytest
 from sandbox.remote import RemoteSandbox
 from sandbox.remote_endpoint import LostRequest
 from sandbox.types import SandboxError, SandboxUnavailable, SessionError
+from tests.sandbox.liars import liar
 from tests.sandbox.serving import CuttingProxy, Served, served
 
 
@@ -125,3 +126,28 @@ async def test_a_session_whose_server_lost_its_supervisor_has_ended() -> None:
                 await session.exec("x")
             assert ended.value.code == "session_ended"
             await session.close()
+
+
+# --- hanging up -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_closing_ends_the_calls_under_way_and_leaves_no_connection(server: Served, coalesce: bool) -> None:
+    box = await RemoteSandbox(server.url, coalesce=coalesce).__aenter__()
+    calls = [asyncio.create_task(box.exec("import time; time.sleep(0.4)")) for _ in range(14)]
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(10):
+        await box.close()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(result, SandboxUnavailable) for result in results), results
+    assert all(endpoint._client is None for endpoint in box.endpoints)
+    async with box:
+        assert (await box.exec("print('again')")).stdout == "again\n"
+
+
+async def test_an_opening_that_is_cancelled_leaves_no_connection() -> None:
+    async with liar(None) as it:
+        box = RemoteSandbox(it.url)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(box.__aenter__(), 0.3)
+        assert box.endpoints[0]._client is None and not box._background
