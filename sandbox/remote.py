@@ -12,7 +12,7 @@ import hashlib
 import random
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,7 +22,7 @@ from sandbox.codec import dumps, encode_bytes
 from sandbox.remote_batch import MAX_ITEM_BYTES, Coalescer, exec_result
 from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Nonsense, Parse
 from sandbox.remote_retry import RetryBudget, backoff
-from sandbox.remote_session import RemoteSession, open_session, restore_sessions
+from sandbox.remote_session import RemoteSession, made, opener, restore_sessions
 from sandbox.remote_several import GREETING_S, greet, look
 from sandbox.types import (
     ExecResult,
@@ -42,6 +42,8 @@ _MARGIN_S = 10.0
 _COALESCE_FROM = 12
 _NONSENSE = 3
 """Answers that are none of ours, from each server, after which one call gives up."""
+_LEAVE_S = 2.0
+"""How long closing waits for what cancelled callers have left."""
 _ROUNDS = 3
 """How often all servers are asked for a session when one of them lost its answer on the way."""
 Value = TypeVar("Value")
@@ -58,7 +60,7 @@ class RemoteSandbox:
     A call goes to the least loaded server that works. It is retried, under one idempotency key, when the connection
     breaks, the answer is lost or none of ours, or the server fails or is overloaded: elsewhere where another is free,
     with jittered, growing pauses, within `total_s` and a budget of retries. Only failures of the infrastructure raise,
-    as with `LocalSandbox`. Cancelling a call does not end what runs already; its limits do.
+    as with `LocalSandbox`. Cancelling a call does not end what runs already; its limits do. (In a session it does.)
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class RemoteSandbox:
         self._opened = False
         self._closing = asyncio.Event()
         self._background: set[asyncio.Task[Any]] = set()
+        self._left: set[asyncio.Task[Any]] = set()
 
     # --- opening ------------------------------------------------------------------------------------------------
 
@@ -125,11 +128,14 @@ class RemoteSandbox:
     async def close(self) -> None:
         """Hang up: calls under way raise `SandboxUnavailable`; sessions on the servers live on until their leases end.
         May be called twice."""
+        if self._left:
+            await asyncio.wait(self._left, timeout=_LEAVE_S)
         self._opened = False
         self._closing.set()
-        for task in self._background:
+        tasks = self._background | self._left
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._background, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._coalescer.close()
         await asyncio.gather(*(endpoint.close() for endpoint in self.endpoints))
 
@@ -215,6 +221,13 @@ class RemoteSandbox:
                 raise error
             self.retries += 1
             await self._pause(wait)
+
+    def leave(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Have what a cancelled caller has begun brought to an end that leaves nothing behind."""
+        task = asyncio.ensure_future(work)
+        self._left.add(task)
+        task.add_done_callback(self._left.discard)
+        return task
 
     def key(self, given: str | None) -> str:
         """An idempotency key of this client's own: another client that uses the same words means something else."""
@@ -318,7 +331,10 @@ class RemoteSandbox:
             fields["limits"] = asdict(limits)
 
         async def opening() -> Session:
-            return await open_session(self, fields)
+            ask = opener(self, fields)
+            if idempotency_key is not None:  # a cancelled caller may come back for it
+                return (await ask())[0]
+            return (await made(self, ask))[0]
 
         return SessionOpening(opening)
 

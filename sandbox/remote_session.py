@@ -3,8 +3,10 @@ effect exactly once."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -12,11 +14,12 @@ from urllib.parse import quote
 
 from sandbox.codec import dumps, parse_files
 from sandbox.remote_batch import exec_result
-from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Parse, Value
+from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Nonsense, Parse, Value
 from sandbox.types import (
     ExecResult,
     FileInfo,
     Limits,
+    SandboxError,
     SandboxProtocolError,
     SandboxUnavailable,
     Session,
@@ -70,8 +73,27 @@ def _files(answer: Answer) -> list[FileInfo]:
     return parse_files(answer.fields())
 
 
-async def open_session(box: RemoteSandbox, fields: dict[str, Any]) -> RemoteSession:
-    """A new session on the server with the fewest of ours; on another when that one fails or has no room."""
+Ask = Callable[[], Awaitable[list[Session]]]
+"""A request for new sessions; made again, it brings the same ones."""
+
+
+async def made(box: RemoteSandbox, ask: Ask) -> list[Session]:
+    """The sessions that `ask` brings. Those that nobody waits for any more when they come are closed."""
+    try:
+        return await ask()
+    except asyncio.CancelledError:
+        box.leave(_close(ask))
+        raise
+
+
+async def _close(ask: Ask) -> None:
+    with contextlib.suppress(SandboxError, ValueError):
+        for session in await ask():
+            await session.close()
+
+
+def opener(box: RemoteSandbox, fields: dict[str, Any]) -> Ask:
+    """Asks for a new session on the server with the fewest of ours; on another when that one fails or has no room."""
     prefer: Endpoint | None = None
     shun: Endpoint | None = None
     full: set[Endpoint] = set()
@@ -86,9 +108,9 @@ async def open_session(box: RemoteSandbox, fields: dict[str, Any]) -> RemoteSess
             return endpoint, await endpoint.ask(
                 "POST", "/v1/sessions", _described, body, seconds=seconds, headers=_JSON
             )
-        except LostRequest as lost:
-            if lost.sent and not lost.late:  # a session may have been opened there: the key finds it
-                prefer, shun = endpoint, None
+        except (LostRequest, asyncio.CancelledError) as lost:
+            if not isinstance(lost, LostRequest) or (lost.sent and not lost.late):
+                prefer, shun = endpoint, None  # a session may have been opened there: the key finds it
             raise
         except SessionError as error:
             if error.code != "too_many" or len(full) + 1 >= len(box.endpoints):
@@ -96,9 +118,12 @@ async def open_session(box: RemoteSandbox, fields: dict[str, Any]) -> RemoteSess
             full.add(endpoint)
             raise SandboxUnavailable(f"{endpoint.url}: {error}") from error
 
-    endpoint, described = await box.persist(attempt, box.total_s)
-    wall_s = float(fields.get("limits", {}).get("wall_s", box.default_wall_s))
-    return RemoteSession(box, endpoint, *described, wall_s)
+    async def ask() -> list[Session]:
+        endpoint, described = await box.persist(attempt, box.total_s)
+        wall_s = float(fields.get("limits", {}).get("wall_s", box.default_wall_s))
+        return [RemoteSession(box, endpoint, *described, wall_s)]
+
+    return ask
 
 
 async def restore_sessions(box: RemoteSandbox, snapshot: str, count: int, seeds: Sequence[int] | None) -> list[Session]:
@@ -107,12 +132,20 @@ async def restore_sessions(box: RemoteSandbox, snapshot: str, count: int, seeds:
     if seeds is not None:
         fields["seeds"] = list(seeds)
     path = f"/v1/snapshots/{quote(snapshot, safe='')}/restore"
-    endpoint, rows = await box.everywhere("POST", path, "no_snapshot", _all_described, fields, seconds=60.0)
-    return [RemoteSession(box, endpoint, *row, box.default_wall_s) for row in rows]
+
+    async def ask() -> list[Session]:
+        endpoint, rows = await box.everywhere("POST", path, "no_snapshot", _all_described, fields, seconds=60.0)
+        return [RemoteSession(box, endpoint, *row, box.default_wall_s) for row in rows]
+
+    return await made(box, ask)
 
 
 class RemoteSession:
-    """A handle of a session. It counts steps for itself: let one handle write, or pass `expect_step`."""
+    """A handle of a session. It counts steps for itself: let one handle write, or pass `expect_step`.
+
+    A cancelled `exec` is interrupted, unless `expect_step` says that somebody may come back for it; later calls wait
+    until it has ended.
+    """
 
     def __init__(self, box: RemoteSandbox, endpoint: Endpoint, ident: str, step: int, wall_s: float) -> None:
         self.id = ident
@@ -120,6 +153,8 @@ class RemoteSession:
         self._box, self._endpoint, self._wall_s = box, endpoint, wall_s
         self._path = f"/v1/sessions/{quote(ident, safe='')}"
         self._executing = False
+        self._unsure = False  # whether an execution may have taken a step that we do not know of
+        self._settling: asyncio.Task[None] | None = None
         self._closed = False
         endpoint.sessions += 1
 
@@ -138,11 +173,20 @@ class RemoteSession:
     ) -> None:
         await self.close()
 
-    async def _post(
-        self, what: str, parse: Parse[Value], fields: dict[str, Any] | None = None, seconds: float = 60.0
+    async def _at(
+        self,
+        method: str,
+        path: str,
+        parse: Parse[Value],
+        body: dict[str, Any] | bytes | None = None,
+        seconds: float = 60.0,
     ) -> Value:
+        await self._settled()
+        return await self._box.at(self._endpoint, method, path, parse, body, seconds=seconds)
+
+    async def _post(self, what: str, parse: Parse[Value], fields: dict[str, Any] | None = None) -> Value:
         body = {**(fields or {}), "idempotency_key": secrets.token_hex(16)}
-        return await self._box.at(self._endpoint, "POST", f"{self._path}/{what}", parse, body, seconds=seconds)
+        return await self._at("POST", f"{self._path}/{what}", parse, body)
 
     async def exec(
         self,
@@ -154,27 +198,91 @@ class RemoteSession:
         rich: bool = False,
     ) -> ExecResult:
         """As `Session.exec`. Without `expect_step`, the step after the last that this handle knows is expected."""
+        await self._settled()
         if self._executing and expect_step is None:
             raise SessionError("an execution is under way in this session", "busy")
-        fields: dict[str, Any] = {"code": code, "expect_step": self.step + 1 if expect_step is None else expect_step}
+        fields: dict[str, Any] = {"code": code}
         optional = {"stdin": stdin, "limits": asdict(limits) if limits is not None else None, "rich": rich}
         fields |= {name: value for name, value in optional.items() if value}
-        wall_s = limits.wall_s if limits is not None else self._wall_s
+        seconds = (limits.wall_s if limits is not None else self._wall_s) + 40.0
         self._executing = True
         try:
-            result = await self._post("exec", exec_result, fields, wall_s + 40.0)
+            if expect_step is not None:
+                return await self._run(fields, expect_step, seconds, abandon=False)
+            try:
+                return await self._run(fields, self.step + 1, seconds)
+            except SessionError as error:
+                if error.code != "step_conflict" or not self._unsure:
+                    raise
+            # An execution whose answer was lost took that step, and this is another program.
+            _, self.step = await self._box.at(self._endpoint, "GET", self._path, _described)
+            return await self._run(fields, self.step + 1, seconds)
         finally:
             self._executing = False
-        self.step = max(self.step, result.step)
+
+    async def _run(self, fields: dict[str, Any], step: int, seconds: float, *, abandon: bool = True) -> ExecResult:
+        """Step `step`. `abandon`: a cancelled caller wants no more of it."""
+        body = dumps({**fields, "expect_step": step, "idempotency_key": secrets.token_hex(16)})
+        box, endpoint = self._box, self._endpoint
+        sent = False
+
+        async def attempt(left: float) -> ExecResult:
+            nonlocal sent
+            await box.usable(endpoint, left)
+            sent = True
+            most = min(left, seconds)
+            return await endpoint.ask("POST", f"{self._path}/exec", exec_result, body, seconds=most, headers=_JSON)
+
+        def ask() -> Coroutine[Any, Any, ExecResult]:
+            return box.persist(attempt, min(box.total_s, 2 * seconds), among=[endpoint])
+
+        try:
+            result = await ask()
+        except asyncio.CancelledError:
+            self._unsure = self._unsure or sent
+            if sent and abandon:
+                self._settling = box.leave(self._settle(ask()))
+            raise
+        except (SandboxUnavailable, Nonsense):
+            self._unsure = self._unsure or sent
+            raise
+        self._done(result)
         return result
+
+    def _done(self, result: ExecResult) -> None:
+        self.step, self._unsure = max(self.step, result.step), False
+
+    async def _settle(self, again: Coroutine[Any, Any, ExecResult]) -> None:
+        """Interrupt an execution that nobody waits for until it has ended; its answer, asked for `again` under the same
+        key, says which step it was."""
+        ending = asyncio.ensure_future(again)
+        pause = 0.05
+        try:
+            while not ending.done():
+                with contextlib.suppress(SandboxError):
+                    await self.interrupt()
+                await asyncio.wait({ending}, timeout=pause)
+                pause = min(2 * pause, 2.0)
+            with contextlib.suppress(SandboxError, ValueError):  # then the next execution finds out
+                self._done(await ending)
+        finally:
+            ending.cancel()
+
+    async def _settled(self) -> None:
+        if self._settling is not None:
+            await asyncio.wait({self._settling})
 
     async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
         """As `Session.fork`, on the same server."""
-        fields: dict[str, Any] = {"count": count}
+        fields: dict[str, Any] = {"count": count, "idempotency_key": secrets.token_hex(16)}
         if seeds is not None:
             fields["seeds"] = list(seeds)
-        rows = await self._post("fork", _all_described, fields, _FORK_S)
-        return [RemoteSession(self._box, self._endpoint, *row, self._wall_s) for row in rows]
+
+        async def ask() -> list[Session]:
+            rows = await self._at("POST", f"{self._path}/fork", _all_described, fields, _FORK_S)
+            return [RemoteSession(self._box, self._endpoint, *row, self._wall_s) for row in rows]
+
+        return await made(self._box, ask)
 
     async def snapshot(self) -> str:
         """As `Session.snapshot`."""
@@ -200,15 +308,15 @@ class RemoteSession:
 
     async def write_file(self, path: str, data: bytes) -> None:
         """As `Session.write_file`."""
-        await self._box.at(self._endpoint, "PUT", self._file(path), Answer.fields, data)
+        await self._at("PUT", self._file(path), Answer.fields, data)
 
     async def read_file(self, path: str) -> bytes:
         """As `Session.read_file`."""
-        return await self._box.at(self._endpoint, "GET", self._file(path), Answer.content)
+        return await self._at("GET", self._file(path), Answer.content)
 
     async def list_files(self) -> list[FileInfo]:
         """As `Session.list_files`."""
-        return await self._box.at(self._endpoint, "GET", f"{self._path}/files", _files)
+        return await self._at("GET", f"{self._path}/files", _files)
 
     async def close(self) -> None:
         """As `Session.close`. A session that is gone already is closed."""
@@ -216,6 +324,8 @@ class RemoteSession:
             return
         self._closed = True
         self._endpoint.sessions -= 1
+        if self._settling is not None:
+            self._settling.cancel()
         try:
             await self._box.at(self._endpoint, "DELETE", self._path, Answer.fields)
         except SessionError as error:
