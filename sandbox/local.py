@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from sandbox.link import Link
-from sandbox.local_session import LocalSession
+from sandbox.local_session import LocalSession, made
 from sandbox.profiles import AUTO, PROFILES, available
 from sandbox.results import decode_error, decode_result
 from sandbox.supervisor.settings import Settings
@@ -242,7 +242,9 @@ class LocalSandbox:
 
     async def _open_session(self, message: dict[str, Any]) -> Session:
         link = await self._connect()
-        return LocalSession(link, await link.ask(message))
+        if message["key"] is not None:  # a cancelled caller may come back for it
+            return LocalSession(link, await link.ask(message))
+        return (await made(link, message))[0]
 
     async def attach(self, session_id: str) -> Session:
         """See `Sandbox.attach`."""
@@ -253,8 +255,7 @@ class LocalSandbox:
         """See `Sandbox.restore`."""
         link = await self._connect()
         message = {"op": "snapshot.restore", "snapshot": snapshot, "count": count, "seeds": _plain_seeds(seeds)}
-        reply = await link.ask(message)
-        return [LocalSession(link, row) for row in reply["sessions"]]
+        return list(await made(link, message))
 
     async def drop_snapshot(self, snapshot: str) -> None:
         """See `Sandbox.drop_snapshot`."""

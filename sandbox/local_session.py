@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 from collections.abc import Sequence
@@ -11,7 +12,31 @@ from typing import Any, Self, cast
 
 from sandbox.link import Link
 from sandbox.results import decode_result
-from sandbox.types import ExecResult, FileInfo, Limits, SandboxUnavailable, Session, SessionError
+from sandbox.types import ExecResult, FileInfo, Limits, SandboxError, SandboxUnavailable, Session, SessionError
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+async def made(link: Link, message: dict[str, Any]) -> list[LocalSession]:
+    """The new sessions that a request brings. Those that nobody waits for any more when they come are closed."""
+    asking = asyncio.ensure_future(link.ask(message))
+    try:
+        return _handles(link, await asyncio.shield(asking))
+    except asyncio.CancelledError:
+        task = asyncio.ensure_future(_close(link, asking))
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+        raise
+
+
+def _handles(link: Link, reply: dict[str, Any]) -> list[LocalSession]:
+    return [LocalSession(link, row) for row in reply.get("sessions", (reply,))]
+
+
+async def _close(link: Link, asking: asyncio.Future[dict[str, Any]]) -> None:
+    with contextlib.suppress(SandboxError):  # then there is none
+        for session in _handles(link, await asking):
+            await session.close()
 
 
 class LocalSession:
@@ -35,10 +60,13 @@ class LocalSession:
     ) -> None:
         await self.close()
 
-    async def _ask(self, op: str, cancel: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    def _check(self) -> None:
         if self._link.dead:
             raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
-        return await self._link.ask({"op": op, "session": self.id, **fields}, cancel)
+
+    async def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        self._check()
+        return await self._link.ask({"op": op, "session": self.id, **fields})
 
     async def exec(
         self,
@@ -67,16 +95,16 @@ class LocalSession:
             message["expect_step"] = expect_step
         if rich:
             message["rich"] = True
-        if self._link.dead:
-            raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
+        self._check()
         cancel = {"op": "session.cancel", "session": self.id} if expect_step is None else None
         return cast("dict[str, Any]", (await self._link.ask(message, cancel))["result"])
 
     async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
         """See `Session.fork`."""
         plain = None if seeds is None else [int(seed) for seed in seeds]
-        reply = await self._ask("session.fork", count=count, seeds=plain)
-        return [LocalSession(self._link, row) for row in reply["sessions"]]
+        self._check()
+        message = {"op": "session.fork", "session": self.id, "count": count, "seeds": plain}
+        return list(await made(self._link, message))
 
     async def snapshot(self) -> str:
         """See `Session.snapshot`."""
