@@ -10,7 +10,7 @@ import pytest
 
 from sandbox.remote import RemoteSandbox
 from sandbox.remote_retry import Breaker
-from sandbox.types import SandboxError, SandboxProtocolError, SandboxUnavailable, SessionError
+from sandbox.types import Limits, SandboxError, SandboxProtocolError, SandboxUnavailable, SessionError
 from tests.sandbox.liars import http_answer, liar
 from tests.sandbox.serving import TOKEN, CuttingProxy, Served, served
 
@@ -138,3 +138,21 @@ def test_a_silent_server_is_held_until_it_answers() -> None:
     assert not breaker.closed and breaker.wait_s() > 90
     breaker.succeed()
     assert breaker.closed
+
+
+async def test_calls_that_share_a_request_keep_their_own_time(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox.remote.QUEUE_S", 0.5)
+    monkeypatch.setattr("sandbox.remote._MARGIN_S", 0.5)
+    async with liar(None, greets=True) as hung, RemoteSandbox([hung.url, server.url]) as box:
+        box.endpoints[1].in_flight += 100  # so that all are sent to the one that hangs
+        patient = [asyncio.create_task(box.exec("1", limits=Limits(wall_s=60))) for _ in range(14)]
+        hasty = [
+            asyncio.create_task(box.exec(f"print({n})", limits=Limits(wall_s=w))) for n, w in enumerate([1, 2] * 7)
+        ]
+        await asyncio.sleep(0.1)
+        box.endpoints[1].in_flight -= 100
+        async with asyncio.timeout(15):
+            assert [result.stdout for result in await asyncio.gather(*hasty)] == [f"{n}\n" for n in range(14)]
+        assert hung.asked >= 2 and box._coalescer.batches >= 2
+        for each in patient:
+            each.cancel()
