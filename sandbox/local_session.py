@@ -10,6 +10,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, cast
 
+from sandbox.arguments import check_copies, check_file, check_id, check_path, check_program, check_step
 from sandbox.link import Link
 from sandbox.results import decode_result
 from sandbox.types import ExecResult, FileInfo, Limits, SandboxError, SandboxUnavailable, Session, SessionError
@@ -79,13 +80,16 @@ class LocalSession:
     ) -> ExecResult:
         """See `Session.exec`. A cancelled call interrupts the execution, unless `expect_step` says that somebody
         may come back for it."""
+        check_program(code, stdin, limits)
+        check_step(expect_step)
         fields = await self.exec_fields(code, stdin=stdin, limits=limits, expect_step=expect_step, rich=rich)
         return decode_result(fields)
 
     async def exec_fields(
         self, code: str, *, stdin: str, limits: Limits | None, expect_step: int | None, rich: bool
     ) -> dict[str, Any]:
-        """`exec` for a server: the result as JSON fields (`codec.result_fields`), as the supervisor wrote them."""
+        """`exec` for a server, which has checked the arguments: the result as JSON fields (`codec.result_fields`), as
+        the supervisor wrote them."""
         message: dict[str, Any] = {"op": "session.exec", "session": self.id, "code": code}
         if stdin:
             message["stdin"] = stdin
@@ -101,7 +105,7 @@ class LocalSession:
 
     async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
         """See `Session.fork`."""
-        plain = None if seeds is None else [int(seed) for seed in seeds]
+        plain = check_copies(count, seeds)
         self._check()
         message = {"op": "session.fork", "session": self.id, "count": count, "seeds": plain}
         return list(await made(self._link, message))
@@ -112,6 +116,7 @@ class LocalSession:
 
     async def restore(self, snapshot: str) -> None:
         """See `Session.restore`."""
+        check_id(snapshot)
         await self._ask("session.restore", snapshot=snapshot)
 
     async def interrupt(self) -> bool:
@@ -120,10 +125,12 @@ class LocalSession:
 
     async def write_file(self, path: str, data: bytes) -> None:
         """See `Session.write_file`."""
+        check_file(path, data)
         await self._ask("session.put", path=path, data=base64.b64encode(data).decode())
 
     async def read_file(self, path: str) -> bytes:
         """See `Session.read_file`."""
+        check_path(path)
         return base64.b64decode((await self._ask("session.get", path=path))["data"])
 
     async def list_files(self) -> list[FileInfo]:

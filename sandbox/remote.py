@@ -18,6 +18,16 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote
 
+from sandbox.arguments import (
+    check_copies,
+    check_id,
+    check_lease,
+    check_limits,
+    check_options,
+    check_profile_name,
+    check_program,
+    check_size,
+)
 from sandbox.codec import dumps, encode_bytes
 from sandbox.remote_batch import MAX_ITEM_BYTES, Coalescer, exec_result
 from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Nonsense, Parse
@@ -74,6 +84,8 @@ class RemoteSandbox:
         max_in_flight: int = 256,
         coalesce: bool = True,
     ) -> None:
+        check_profile_name(profile or None)
+        check_limits(limits)
         names = [urls] if isinstance(urls, str) else list(dict.fromkeys(urls))
         if not names:
             raise ValueError("RemoteSandbox needs at least one URL")
@@ -251,7 +263,10 @@ class RemoteSandbox:
         rich: bool = False,
         deadline_s: float | None = None,
     ) -> ExecResult:
-        """As `Sandbox.exec`. Raises `SandboxError`; `ValueError` for arguments that the server refuses."""
+        """As `Sandbox.exec`. Raises `SandboxError`; `ValueError` for arguments that are none, or that the server does
+        not allow."""
+        check_program(code, stdin, limits, files)
+        check_options(seed, profile, idempotency_key, fetch, deadline_s)
         limits = limits or self.limits
         profile = profile or self.profile
         fields: dict[str, Any] = {"code": code, "seed": seed, "idempotency_key": self.key(idempotency_key)}
@@ -261,7 +276,7 @@ class RemoteSandbox:
             "profile": profile,
             "files": {path: encode_bytes(data) for path, data in (files or {}).items()},
             "fetch": list(fetch),
-            "rich": rich,
+            "rich": bool(rich),
         }
         fields |= {name: value for name, value in optional.items() if value}
         wall_s = limits.wall_s if limits is not None else self.default_wall_s
@@ -299,7 +314,9 @@ class RemoteSandbox:
                     return await self._coalescer.send(dict(fields), most)
                 endpoint = await self.pick(left, prefer, shun=shun)
                 prefer = shun = None
-                return await endpoint.ask("POST", "/v1/exec", exec_result, dumps(fields), seconds=most, headers=_JSON)
+                body = dumps(fields)
+                check_size(len(body))
+                return await endpoint.ask("POST", "/v1/exec", exec_result, body, seconds=most, headers=_JSON)
             except LostRequest as lost:
                 kept = lost.sent and not lost.late  # it may have run there, and be answered from memory
                 prefer = lost.server if kept and not together else None
@@ -323,6 +340,9 @@ class RemoteSandbox:
         idempotency_key: str | None = None,
     ) -> SessionOpening:
         """As `Sandbox.session`; the session lives on one server."""
+        check_options(seed, profile, idempotency_key)
+        check_limits(limits)
+        check_lease(ttl_s)
         limits = limits or self.limits
         fields: dict[str, Any] = {"seed": seed, "ttl_s": ttl_s, "idempotency_key": self.key(idempotency_key)}
         if profile or self.profile:
@@ -340,14 +360,17 @@ class RemoteSandbox:
 
     async def attach(self, session_id: str) -> Session:
         """As `Sandbox.attach`: asks every server that works."""
+        check_id(session_id)
         return await RemoteSession.find(self, session_id)
 
     async def restore(self, snapshot: str, *, count: int = 1, seeds: Sequence[int] | None = None) -> list[Session]:
         """As `Sandbox.restore`, on the server that has the snapshot."""
-        return await restore_sessions(self, snapshot, count, seeds)
+        check_id(snapshot)
+        return await restore_sessions(self, snapshot, count, check_copies(count, seeds))
 
     async def drop_snapshot(self, snapshot: str) -> None:
         """As `Sandbox.drop_snapshot`."""
+        check_id(snapshot)
         await self.everywhere("DELETE", f"/v1/snapshots/{quote(snapshot, safe='')}", "no_snapshot", Answer.fields)
 
     async def everywhere(

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import quote
 
+from sandbox.arguments import check_copies, check_file, check_id, check_path, check_program, check_size, check_step
 from sandbox.codec import dumps, parse_files
 from sandbox.remote_batch import exec_result
 from sandbox.remote_endpoint import Answer, Endpoint, LostRequest, Nonsense, Parse, Value
@@ -126,11 +127,11 @@ def opener(box: RemoteSandbox, fields: dict[str, Any]) -> Ask:
     return ask
 
 
-async def restore_sessions(box: RemoteSandbox, snapshot: str, count: int, seeds: Sequence[int] | None) -> list[Session]:
+async def restore_sessions(box: RemoteSandbox, snapshot: str, count: int, seeds: list[int] | None) -> list[Session]:
     """New sessions, where the snapshot is."""
     fields: dict[str, Any] = {"count": count, "idempotency_key": secrets.token_hex(16)}
     if seeds is not None:
-        fields["seeds"] = list(seeds)
+        fields["seeds"] = seeds
     path = f"/v1/snapshots/{quote(snapshot, safe='')}/restore"
 
     async def ask() -> list[Session]:
@@ -198,11 +199,13 @@ class RemoteSession:
         rich: bool = False,
     ) -> ExecResult:
         """As `Session.exec`. Without `expect_step`, the step after the last that this handle knows is expected."""
+        check_program(code, stdin, limits)
+        check_step(expect_step)
         await self._settled()
         if self._executing and expect_step is None:
             raise SessionError("an execution is under way in this session", "busy")
         fields: dict[str, Any] = {"code": code}
-        optional = {"stdin": stdin, "limits": asdict(limits) if limits is not None else None, "rich": rich}
+        optional = {"stdin": stdin, "limits": asdict(limits) if limits is not None else None, "rich": bool(rich)}
         fields |= {name: value for name, value in optional.items() if value}
         seconds = (limits.wall_s if limits is not None else self._wall_s) + 40.0
         self._executing = True
@@ -223,6 +226,7 @@ class RemoteSession:
     async def _run(self, fields: dict[str, Any], step: int, seconds: float, *, abandon: bool = True) -> ExecResult:
         """Step `step`. `abandon`: a cancelled caller wants no more of it."""
         body = dumps({**fields, "expect_step": step, "idempotency_key": secrets.token_hex(16)})
+        check_size(len(body))
         box, endpoint = self._box, self._endpoint
         sent = False
 
@@ -275,8 +279,8 @@ class RemoteSession:
     async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
         """As `Session.fork`, on the same server."""
         fields: dict[str, Any] = {"count": count, "idempotency_key": secrets.token_hex(16)}
-        if seeds is not None:
-            fields["seeds"] = list(seeds)
+        if (plain := check_copies(count, seeds)) is not None:
+            fields["seeds"] = plain
 
         async def ask() -> list[Session]:
             rows = await self._at("POST", f"{self._path}/fork", _all_described, fields, _FORK_S)
@@ -290,6 +294,7 @@ class RemoteSession:
 
     async def restore(self, snapshot: str) -> None:
         """As `Session.restore`."""
+        check_id(snapshot)
         _, self.step = await self._post("restore", _described, {"snapshot": snapshot})
 
     async def interrupt(self) -> bool:
@@ -302,16 +307,16 @@ class RemoteSession:
         return await self._box.at(self._endpoint, "POST", f"{self._path}/heartbeat", _lease)
 
     def _file(self, path: str) -> str:
-        parts = [quote(part.encode("utf-8", "surrogateescape"), safe="") for part in path.split("/")]
-        # A path of dots would be resolved on the way; the server is to see it, and to refuse it.
-        return f"{self._path}/files/" + "/".join(p.replace(".", "%2E") if p in (".", "..") else p for p in parts)
+        return f"{self._path}/files/{quote(path.encode('utf-8', 'surrogateescape'), safe='/')}"
 
     async def write_file(self, path: str, data: bytes) -> None:
         """As `Session.write_file`."""
-        await self._at("PUT", self._file(path), Answer.fields, data)
+        check_file(path, data)
+        await self._at("PUT", self._file(path), Answer.fields, bytes(data))
 
     async def read_file(self, path: str) -> bytes:
         """As `Session.read_file`."""
+        check_path(path)
         return await self._at("GET", self._file(path), Answer.content)
 
     async def list_files(self) -> list[FileInfo]:
