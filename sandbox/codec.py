@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from typing import Any, NoReturn
+import math
+from typing import Any
 
 from sandbox.types import (
     ConfinementUnavailable,
@@ -40,6 +41,7 @@ SESSION_STATUS = {
 _USAGE = ("wall_ms", "cpu_ms", "queue_ms", "max_rss_mb")
 _TEXT = ("stdout", "stderr", "digest", "isolation", "profile")
 _FLAGS = ("truncated", "attested", "alive")
+_MOST_WAIT_S = 60.0
 
 
 def dumps(value: Any) -> bytes:
@@ -119,7 +121,7 @@ def parse_files(fields: Any) -> list[FileInfo]:
     """A listing of files. Raises `SandboxProtocolError`."""
     try:
         return [FileInfo(str(item["path"]), int(item["size"])) for item in fields["files"]]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise SandboxProtocolError(f"the server sent a malformed listing: {error!r:.200}") from None
 
 
@@ -154,14 +156,15 @@ def error_fields(error: SandboxError) -> dict[str, Any]:
 
 def parse_error(fields: Any) -> SandboxError | ValueError:
     """The exception that `error_fields` described: the same type that an embedded sandbox raises; a request that the
-    server refused as malformed is the caller's mistake, a `ValueError`."""
+    server refused as malformed is the caller's mistake, a `ValueError`. Raises `SandboxProtocolError` for anything
+    else."""
     try:
         code, message, kind = str(fields["code"]), str(fields["message"]), str(fields["class"])
-        retryable, wait = bool(fields["retryable"]), float(fields.get("retry_after") or 1.0)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        return SandboxProtocolError(f"the server sent a malformed error: {error!r:.200}")
+        retryable = bool(fields["retryable"])
+    except (KeyError, TypeError) as error:
+        raise SandboxProtocolError(f"the server sent a malformed error: {error!r:.200}") from None
     if kind == "overload":
-        return SandboxOverloaded(message, wait)
+        return SandboxOverloaded(message, _wait_s(fields.get("retry_after")))
     if kind == "session":
         return SessionError(message, code)
     if code == ConfinementUnavailable.code:
@@ -175,6 +178,8 @@ def parse_error(fields: Any) -> SandboxError | ValueError:
     return SandboxInfraError(message, code, retryable)
 
 
-def raise_error(fields: Any) -> NoReturn:
-    """Raise what `parse_error` makes of it."""
-    raise parse_error(fields)
+def _wait_s(value: Any) -> float:
+    """A server's wish, as far as it can be granted."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return 1.0
+    return min(max(float(value), 0.0), _MOST_WAIT_S)

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import functools
 import importlib.util
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -18,8 +17,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from sandbox.arguments import (
+    check_copies,
+    check_id,
+    check_lease,
+    check_limits,
+    check_options,
+    check_profile_name,
+    check_program,
+)
 from sandbox.link import Link
-from sandbox.local_session import LocalSession
+from sandbox.local_session import LocalSession, made
 from sandbox.profiles import AUTO, PROFILES, available
 from sandbox.results import decode_error, decode_result
 from sandbox.supervisor.settings import Settings
@@ -37,8 +45,7 @@ def module_paths(profiles: Sequence[str]) -> tuple[str, ...]:
 
 def check_profile(profile: str, installed: Sequence[str]) -> None:
     """Raises `ValueError` for an unknown profile, `SandboxError` for one whose modules are missing."""
-    if profile not in (AUTO, *PROFILES):
-        raise ValueError(f"unknown profile {profile!r}: choose from {', '.join((AUTO, *PROFILES))}")
+    check_profile_name(profile)
     if profile != AUTO and profile not in installed:
         missing = [name for name in PROFILES[profile].modules if importlib.util.find_spec(name) is None]
         raise SandboxError(f"profile {profile} needs modules that are not installed: pip install {' '.join(missing)}")
@@ -74,6 +81,7 @@ class LocalSandbox:
     ) -> None:
         installed = available()
         check_profile(profile, installed)
+        check_limits(limits)
         if problem := unknown_properties(require):
             raise ValueError(problem)
         if tier is not None and tier not in BY_NAME:
@@ -169,8 +177,10 @@ class LocalSandbox:
         """See `Sandbox.exec`. `owner`: callers with different ones take turns in the queue.
 
         What the code does is in the result; only our own failures raise (`SandboxUnavailable`, `SandboxInfraError`,
-        `SandboxOverloaded`, `ConfinementUnavailable`), and `ValueError` for a deadline that is none.
+        `SandboxOverloaded`, `ConfinementUnavailable`), and `ValueError` for arguments that are none.
         """
+        check_program(code, stdin, limits, files)
+        check_options(seed, profile, idempotency_key, fetch, deadline_s)
         options = {"files": files, "fetch": list(fetch), "rich": rich, "owner": owner}
         return decode_result(
             await self.exec_fields(
@@ -197,7 +207,8 @@ class LocalSandbox:
         deadline_s: float | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """`exec` for a server: the result as JSON fields (`codec.result_fields`), as the supervisor wrote them."""
+        """`exec` for a server, which has checked the arguments: the result as JSON fields (`codec.result_fields`), as
+        the supervisor wrote them."""
         message: dict[str, Any] = {
             "op": "exec",
             "code": code,
@@ -212,8 +223,6 @@ class LocalSandbox:
         if profile is not None:
             message["profile"] = profile
         if deadline_s is not None:
-            if not deadline_s < math.inf:
-                raise ValueError(f"deadline_s must be a finite number of seconds, or None, not {deadline_s}")
             message["deadline_s"] = deadline_s
         reply = await self._ask(message, None if idempotency_key is not None else {"op": "cancel"})
         return cast("dict[str, Any]", reply["result"])
@@ -227,9 +236,10 @@ class LocalSandbox:
         ttl_s: float = 600.0,
         idempotency_key: str | None = None,
     ) -> SessionOpening:
-        """See `Sandbox.session`. Raises `ValueError` for a lease of no length."""
-        if not ttl_s > 0:
-            raise ValueError(f"ttl_s must be more than 0, not {ttl_s}")
+        """See `Sandbox.session`. Raises `ValueError` for arguments that are none."""
+        check_options(seed, profile, idempotency_key)
+        check_limits(limits)
+        check_lease(ttl_s)
         message = {
             "op": "session.open",
             "profile": profile,
@@ -242,22 +252,27 @@ class LocalSandbox:
 
     async def _open_session(self, message: dict[str, Any]) -> Session:
         link = await self._connect()
-        return LocalSession(link, await link.ask(message))
+        if message["key"] is not None:  # a cancelled caller may come back for it
+            return LocalSession(link, await link.ask(message))
+        return (await made(link, message))[0]
 
     async def attach(self, session_id: str) -> Session:
         """See `Sandbox.attach`."""
+        check_id(session_id)
         link = await self._connect()
         return LocalSession(link, await link.ask({"op": "session.attach", "session": session_id}))
 
     async def restore(self, snapshot: str, *, count: int = 1, seeds: Sequence[int] | None = None) -> list[Session]:
         """See `Sandbox.restore`."""
+        check_id(snapshot)
+        plain = check_copies(count, seeds)
         link = await self._connect()
-        message = {"op": "snapshot.restore", "snapshot": snapshot, "count": count, "seeds": _plain_seeds(seeds)}
-        reply = await link.ask(message)
-        return [LocalSession(link, row) for row in reply["sessions"]]
+        message = {"op": "snapshot.restore", "snapshot": snapshot, "count": count, "seeds": plain}
+        return list(await made(link, message))
 
     async def drop_snapshot(self, snapshot: str) -> None:
         """See `Sandbox.drop_snapshot`."""
+        check_id(snapshot)
         await self._ask({"op": "snapshot.drop", "snapshot": snapshot})
 
     async def stats(self) -> dict[str, Any]:
@@ -270,10 +285,6 @@ class LocalSandbox:
     async def capabilities(self) -> dict[str, Any]:
         """See `Sandbox.capabilities`."""
         return dict((await self._ask({"op": "capabilities"}))["capabilities"])
-
-
-def _plain_seeds(seeds: Sequence[int] | None) -> list[int] | None:
-    return None if seeds is None else [int(seed) for seed in seeds]
 
 
 async def survey(profile: str = "py-bare") -> list[dict[str, Any]]:

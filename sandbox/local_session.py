@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 from collections.abc import Sequence
@@ -9,9 +10,34 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Self, cast
 
+from sandbox.arguments import check_copies, check_file, check_id, check_path, check_program, check_step
 from sandbox.link import Link
 from sandbox.results import decode_result
-from sandbox.types import ExecResult, FileInfo, Limits, SandboxUnavailable, Session, SessionError
+from sandbox.types import ExecResult, FileInfo, Limits, SandboxError, SandboxUnavailable, Session, SessionError
+
+_closing: set[asyncio.Task[None]] = set()
+
+
+async def made(link: Link, message: dict[str, Any]) -> list[LocalSession]:
+    """The new sessions that a request brings. Those that nobody waits for any more when they come are closed."""
+    asking = asyncio.ensure_future(link.ask(message))
+    try:
+        return _handles(link, await asyncio.shield(asking))
+    except asyncio.CancelledError:
+        task = asyncio.ensure_future(_close(link, asking))
+        _closing.add(task)
+        task.add_done_callback(_closing.discard)
+        raise
+
+
+def _handles(link: Link, reply: dict[str, Any]) -> list[LocalSession]:
+    return [LocalSession(link, row) for row in reply.get("sessions", (reply,))]
+
+
+async def _close(link: Link, asking: asyncio.Future[dict[str, Any]]) -> None:
+    with contextlib.suppress(SandboxError):  # then there is none
+        for session in _handles(link, await asking):
+            await session.close()
 
 
 class LocalSession:
@@ -35,10 +61,13 @@ class LocalSession:
     ) -> None:
         await self.close()
 
-    async def _ask(self, op: str, cancel: dict[str, Any] | None = None, **fields: Any) -> dict[str, Any]:
+    def _check(self) -> None:
         if self._link.dead:
             raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
-        return await self._link.ask({"op": op, "session": self.id, **fields}, cancel)
+
+    async def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
+        self._check()
+        return await self._link.ask({"op": op, "session": self.id, **fields})
 
     async def exec(
         self,
@@ -51,13 +80,16 @@ class LocalSession:
     ) -> ExecResult:
         """See `Session.exec`. A cancelled call interrupts the execution, unless `expect_step` says that somebody
         may come back for it."""
+        check_program(code, stdin, limits)
+        check_step(expect_step)
         fields = await self.exec_fields(code, stdin=stdin, limits=limits, expect_step=expect_step, rich=rich)
         return decode_result(fields)
 
     async def exec_fields(
         self, code: str, *, stdin: str, limits: Limits | None, expect_step: int | None, rich: bool
     ) -> dict[str, Any]:
-        """`exec` for a server: the result as JSON fields (`codec.result_fields`), as the supervisor wrote them."""
+        """`exec` for a server, which has checked the arguments: the result as JSON fields (`codec.result_fields`), as
+        the supervisor wrote them."""
         message: dict[str, Any] = {"op": "session.exec", "session": self.id, "code": code}
         if stdin:
             message["stdin"] = stdin
@@ -67,16 +99,16 @@ class LocalSession:
             message["expect_step"] = expect_step
         if rich:
             message["rich"] = True
-        if self._link.dead:
-            raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
+        self._check()
         cancel = {"op": "session.cancel", "session": self.id} if expect_step is None else None
         return cast("dict[str, Any]", (await self._link.ask(message, cancel))["result"])
 
     async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
         """See `Session.fork`."""
-        plain = None if seeds is None else [int(seed) for seed in seeds]
-        reply = await self._ask("session.fork", count=count, seeds=plain)
-        return [LocalSession(self._link, row) for row in reply["sessions"]]
+        plain = check_copies(count, seeds)
+        self._check()
+        message = {"op": "session.fork", "session": self.id, "count": count, "seeds": plain}
+        return list(await made(self._link, message))
 
     async def snapshot(self) -> str:
         """See `Session.snapshot`."""
@@ -84,6 +116,7 @@ class LocalSession:
 
     async def restore(self, snapshot: str) -> None:
         """See `Session.restore`."""
+        check_id(snapshot)
         await self._ask("session.restore", snapshot=snapshot)
 
     async def interrupt(self) -> bool:
@@ -92,10 +125,12 @@ class LocalSession:
 
     async def write_file(self, path: str, data: bytes) -> None:
         """See `Session.write_file`."""
+        check_file(path, data)
         await self._ask("session.put", path=path, data=base64.b64encode(data).decode())
 
     async def read_file(self, path: str) -> bytes:
         """See `Session.read_file`."""
+        check_path(path)
         return base64.b64decode((await self._ask("session.get", path=path))["data"])
 
     async def list_files(self) -> list[FileInfo]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator, Mapping
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -16,7 +17,7 @@ from yarl import URL
 
 from sandbox.codec import parse_error
 from sandbox.remote_retry import Breaker
-from sandbox.types import SandboxProtocolError, SandboxUnavailable
+from sandbox.types import SandboxOverloaded, SandboxProtocolError, SandboxUnavailable
 
 CONNECT_S = 5.0
 MAX_ANSWER = 64 * 1024 * 1024
@@ -24,28 +25,43 @@ MAX_ANSWER = 64 * 1024 * 1024
 _KEEP_S = 60.0  # less than the server's
 _LARGE = 1 << 20
 _UNFIT = ("unavailable", "draining", "confinement_unavailable", "internal")
+_JSON, _BYTES = "application/json", "application/octet-stream"
+Value = TypeVar("Value")
+Parse = Callable[["Answer"], Value]
+"""Makes a value of an answer that is no error, or raises `SandboxProtocolError`."""
 
 
 class LostRequest(SandboxUnavailable):
-    """No answer. `sent`: the request may have reached the server and taken effect there."""
+    """No answer. `sent`: the request may have reached the server and taken effect there. `late`: not within the time
+    it had; the server may hang. `server`: which it was."""
 
-    def __init__(self, message: str, sent: bool) -> None:
+    def __init__(self, message: str, *, sent: bool, late: bool = False, server: Endpoint | None = None) -> None:
         super().__init__(message)
-        self.sent = sent
+        self.sent, self.late, self.server = sent, late, server
+
+
+class Nonsense(SandboxProtocolError):
+    """An answer that is none of ours: a proxy's page, another program's JSON. Another server may give a proper one."""
+
+    retryable = True
+
+    def __init__(self, message: str, server: Endpoint) -> None:
+        super().__init__(message)
+        self.server = server
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server said: `body` as it came, or `parsed` where it was part of a larger answer."""
+    """What a server said: `body` as it came, of type `kind`, or `parsed` where it was part of a larger answer."""
 
     status: int
     body: bytes
-    json: bool = True
+    kind: str = _JSON
     parsed: Any = None
 
     def fields(self) -> dict[str, Any]:
         """The body. Raises `SandboxProtocolError` for anything but a JSON object."""
-        if not self.json:
+        if not self.kind.startswith(_JSON):
             raise SandboxProtocolError(f"the server answered {self.status} with something that is not JSON")
         try:
             value = json.loads(self.body) if self.parsed is None else self.parsed
@@ -55,15 +71,24 @@ class Answer:
             raise SandboxProtocolError(f"the server answered with a JSON {type(value).__name__}, not an object")
         return value
 
+    def content(self) -> bytes:
+        """The body of an answer that is bytes. Raises `SandboxProtocolError`."""
+        if not self.kind.startswith(_BYTES):
+            raise SandboxProtocolError(f"the server answered with {self.kind or 'nothing'}, not with bytes")
+        return self.body
+
     def error(self) -> Exception | None:
-        """What went wrong, as an exception; None for an answer (a rejected program is an answer, too)."""
-        if self.status < 400:
+        """What went wrong, as an exception; None for an answer (a rejected program is an answer, too). Raises
+        `SandboxProtocolError` for what no server of ours says."""
+        if 200 <= self.status < 300:
             return None
-        if not self.json and self.status in (502, 503, 504):  # a proxy in between
+        if self.status in (502, 503, 504) and not self.kind.startswith(_JSON):  # a proxy in between
             return SandboxUnavailable(f"a gateway answered {self.status}")
         fields = self.fields()
         if self.status == 422 and "status" in fields:
             return None
+        if self.status < 400:
+            raise SandboxProtocolError(f"the server answered {self.status}")
         return parse_error(fields.get("error"))
 
 
@@ -75,6 +100,9 @@ class Endpoint:
         self.in_flight = 0
         self.sessions = 0
         self.breaker = Breaker()
+        self.trouble: LostRequest | Nonsense | None = None
+        """Of the last request, if it came to that."""
+        self._full_until = 0.0
         self._uds = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
         if self._uds is None:
             parts = urlsplit(self.url)
@@ -86,9 +114,16 @@ class Endpoint:
             self._headers["Authorization"] = f"Bearer {token}"
         self._connections = connections
         self._client: aiohttp.ClientSession | None = None
+        self._closed = False
 
-    def _open(self) -> aiohttp.ClientSession:
+    def open(self) -> None:
+        """Take requests, after `close` again."""
+        self._closed = False
+
+    def _session(self) -> aiohttp.ClientSession:
         """Made at the first request: it belongs to the event loop that runs then."""
+        if self._closed:
+            raise LostRequest(f"{self.url}: the client was closed", sent=False, server=self)
         if self._client is None:
             limit = self._connections
             self._client = aiohttp.ClientSession(
@@ -104,7 +139,8 @@ class Endpoint:
         return self._client
 
     async def close(self) -> None:
-        """Hang up."""
+        """Hang up: what is under way is lost."""
+        self._closed = True
         client, self._client = self._client, None
         if client is not None:
             await client.close()
@@ -118,31 +154,73 @@ class Endpoint:
         seconds: float,
         headers: Mapping[str, str] | None = None,
     ) -> Answer:
-        """One attempt. Raises `LostRequest` without an answer, `SandboxProtocolError` for an answer too large."""
+        """One attempt. Raises `LostRequest` without an answer, `Nonsense` for an answer too large."""
         async with self.stream(method, path, body, seconds=seconds, headers=headers) as response:
-            chunks, size = [], 0
-            async for chunk in response.content.iter_any():
-                size += len(chunk)
-                if size > MAX_ANSWER:
-                    raise SandboxProtocolError(f"{self.url}: an answer of more than {MAX_ANSWER} bytes")
-                chunks.append(chunk)
-            kind = response.headers.get("content-type", "")
-            answer = Answer(response.status, b"".join(chunks), kind.startswith("application/json"))
-        self.judge(answer)
-        return answer
+            return await self.read(response)
 
-    def judge(self, answer: Answer) -> None:
-        """A server that says it cannot work is left alone for a while."""
-        if answer.status < 500:
-            return
+    async def read(self, response: aiohttp.ClientResponse) -> Answer:
+        """All of an answer. Raises `Nonsense` for one too large."""
+        chunks, size = [], 0
+        async for chunk in response.content.iter_any():
+            size += len(chunk)
+            if size > MAX_ANSWER:
+                raise self.nonsense(f"an answer of more than {MAX_ANSWER} bytes")
+            chunks.append(chunk)
+        return Answer(response.status, b"".join(chunks), response.headers.get("content-type", ""))
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        parse: Parse[Value],
+        body: bytes | None = None,
+        *,
+        seconds: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> Value:
+        """One attempt, and what it brought: see `send` and `take`."""
+        return self.take(await self.send(method, path, body, seconds=seconds, headers=headers), parse)
+
+    def take(self, answer: Answer, parse: Parse[Value]) -> Value:
+        """What `parse` makes of an answer. Raises the error that it holds, and `Nonsense` for one that is none of ours.
+        Either way the answer shows how well the server is, and whether it has room."""
         try:
-            code = answer.fields()["error"]["code"]
-        except (SandboxProtocolError, KeyError, TypeError):
-            code = "unavailable"
-        if code in _UNFIT:
+            error = answer.error()
+            if error is None:
+                value = parse(answer)
+                self._well()
+                return value
+        except SandboxProtocolError as strange:
+            raise self.nonsense(str(strange)) from None
+        code = answer.fields()["error"]["code"] if answer.kind.startswith(_JSON) else "unavailable"
+        if answer.status >= 500 and code in _UNFIT:
             self.breaker.fail(at_once=code == "draining")
+            self.trouble = None
         else:
-            self.breaker.succeed()
+            self._well()
+        if isinstance(error, SandboxOverloaded):
+            self._full_until = time.monotonic() + error.retry_after
+        raise error
+
+    def _well(self) -> None:
+        self.breaker.succeed()
+        self.trouble = None
+
+    def nonsense(self, message: str) -> Nonsense:
+        """A failure of the server, to be raised."""
+        self.breaker.fail()
+        self.trouble = trouble = Nonsense(f"{self.url}: {message}", self)
+        return trouble
+
+    def lost(self, message: str, *, sent: bool, late: bool = False) -> LostRequest:
+        """A failure of the server, to be raised."""
+        self.breaker.fail()
+        self.trouble = trouble = LostRequest(f"{self.url} {message}", sent=sent, late=late, server=self)
+        return trouble
+
+    def wait_s(self) -> float:
+        """Seconds until the server may be asked, and said that it would have room; 0 for now."""
+        return max(self.breaker.wait_s(), self._full_until - time.monotonic())
 
     @asynccontextmanager
     async def stream(
@@ -161,23 +239,18 @@ class Endpoint:
             async with asyncio.timeout(max(0.001, seconds)):
                 url = URL(self._base + path, encoded=True)  # as it is: a part of a path may be dots
                 data = io.BytesIO(body) if body and len(body) > _LARGE else body  # sent in pieces
-                async with self._open().request(
+                async with self._session().request(
                     method, url, data=data, headers=headers, allow_redirects=False
                 ) as response:
-                    if response.status < 500:
-                        self.breaker.succeed()
                     yield response
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            self.breaker.fail()
-            raise LostRequest(f"{self.url} cannot be reached: {error!s}", sent=False) from error
+            raise self.lost(f"cannot be reached: {error!s}", sent=False) from error
         except aiohttp.InvalidURL as error:
             raise ValueError(str(error)) from error
         except TimeoutError as error:
-            self.breaker.fail()
-            raise LostRequest(f"{self.url}: no answer within {seconds:.1f} s", sent=True) from error
+            raise self.lost(f"gave no answer within {seconds:.1f} s", sent=True, late=True) from error
         except (aiohttp.ClientError, OSError) as error:
-            self.breaker.fail()
-            raise LostRequest(f"{self.url} broke off: {type(error).__name__} {error!s}", sent=True) from error
+            raise self.lost(f"broke off: {type(error).__name__} {error!s}", sent=True) from error
         finally:
             self.in_flight -= 1
             self.breaker.drop(probing)

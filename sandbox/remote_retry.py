@@ -5,19 +5,15 @@ from __future__ import annotations
 import random
 import time
 
-from sandbox.types import SandboxError, SandboxOverloaded
-
 _FIRST_WAIT_S = 0.05
 _LONGEST_WAIT_S = 5.0
 
 
-def backoff(attempt: int, error: SandboxError, rng: random.Random) -> float:
-    """Seconds to wait before attempt number `attempt` (from 1): at random below a bound that doubles; an overloaded
-    server's own wish is the least, with a tenth at random on top so that its clients do not come back as one."""
+def backoff(attempt: int, least: float, rng: random.Random) -> float:
+    """Seconds to wait before attempt number `attempt` (from 1): at random below a bound that doubles, beyond `least`,
+    an overloaded server's own wish, and up to a tenth of that so that its clients do not come back as one."""
     wait = rng.uniform(0.0, min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2.0 ** min(attempt, 10)))
-    if isinstance(error, SandboxOverloaded):
-        return error.retry_after * (1.0 + 0.1 * rng.random()) + wait
-    return wait
+    return least * (1.0 + 0.1 * rng.random()) + wait
 
 
 class RetryBudget:
@@ -90,6 +86,10 @@ class Breaker:
         self._failures = self._times = 0
         self._until = 0.0
         self._probing = False
+
+    def hold(self, seconds: float) -> None:
+        """The server is silent so far: nothing passes for so long, unless it answers."""
+        self._until = time.monotonic() + seconds
 
     def drop(self, probing: bool) -> None:
         """The request was given up by its caller: nothing is known."""

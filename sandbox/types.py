@@ -47,9 +47,12 @@ class Limits:
     code_bytes: int = 1024 * 1024
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"{name} must be a finite number, 0 or more, not {value!r}")
+        try:
+            for name, value in vars(self).items():
+                if not 0 <= value < math.inf:
+                    raise ValueError(f"{name} must be a finite number, 0 or more, not {value!r}")
+        except TypeError:
+            raise ValueError(f"{name} must be a number, not {value!r:.100}") from None
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from sandbox.remote import RemoteSandbox
-from sandbox.remote_endpoint import Answer, Endpoint, LostRequest
-from sandbox.types import SandboxError, SandboxProtocolError, SandboxUnavailable, SessionError
+from sandbox.remote_endpoint import LostRequest
+from sandbox.types import SandboxError, SandboxUnavailable, SessionError
+from tests.sandbox.liars import liar
 from tests.sandbox.serving import CuttingProxy, Served, served
 
 
@@ -129,62 +128,26 @@ async def test_a_session_whose_server_lost_its_supervisor_has_ended() -> None:
             await session.close()
 
 
-# --- servers that are none ------------------------------------------------------------------------------------------
+# --- hanging up -----------------------------------------------------------------------------------------------------
 
 
-@contextlib.asynccontextmanager
-async def liar(answer: bytes) -> Any:
-    """Answers every request with the same bytes."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(answer)
-            await writer.drain()
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    try:
-        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    finally:
-        server.close()
-
-
-def http_answer(body: bytes, kind: bytes = b"application/json", status: bytes = b"200 OK") -> bytes:
-    return b"HTTP/1.1 %s\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s" % (status, kind, len(body), body)
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [
-        http_answer(b"<html>", b"text/html"),
-        http_answer(b"{"),
-        http_answer(b"[1]"),
-        http_answer(b"[" * 100_000),
-        http_answer(b"{}"),
-        http_answer(b'{"status": "infra_error"}'),
-        http_answer(b'{"error": 7}', status=b"418 Teapot"),
-        http_answer(b'{"status": "ok", "stdout": 1, "exception": null}'),
-    ],
-)
-async def test_nonsense_is_a_protocol_error_never_a_result(answer: bytes) -> None:
-    async with liar(answer) as url:
-        box = RemoteSandbox(url, total_s=5)
-        box._opened = True
-        with pytest.raises(SandboxProtocolError):
-            await box.exec("1")
+@pytest.mark.parametrize("coalesce", [True, False])
+async def test_closing_ends_the_calls_under_way_and_leaves_no_connection(server: Served, coalesce: bool) -> None:
+    box = await RemoteSandbox(server.url, coalesce=coalesce).__aenter__()
+    calls = [asyncio.create_task(box.exec("import time; time.sleep(0.4)")) for _ in range(14)]
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(10):
         await box.close()
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(result, SandboxUnavailable) for result in results), results
+    assert all(endpoint._client is None for endpoint in box.endpoints)
+    async with box:
+        assert (await box.exec("print('again')")).stdout == "again\n"
 
 
-async def test_an_endless_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sandbox.remote_endpoint.MAX_ANSWER", 100_000)
-    async with liar(http_answer(b" " * 200_000)) as url:
-        endpoint = Endpoint(url, None, 1)
-        with pytest.raises(SandboxProtocolError, match="100000"):
-            await endpoint.send("GET", "/", seconds=5)
-        await endpoint.close()
-
-
-def test_a_gateways_page_is_unavailability_not_nonsense() -> None:
-    assert isinstance(Answer(502, b"<html>", json=False).error(), SandboxUnavailable)
-    assert Answer(200, b"{}").error() is None
+async def test_an_opening_that_is_cancelled_leaves_no_connection() -> None:
+    async with liar(None) as it:
+        box = RemoteSandbox(it.url)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(box.__aenter__(), 0.3)
+        assert box.endpoints[0]._client is None and not box._background
