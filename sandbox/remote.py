@@ -70,7 +70,7 @@ class RemoteSandbox:
     A call goes to the least loaded server that works. It is retried, under one idempotency key, when the connection
     breaks, the answer is lost or none of ours, or the server fails or is overloaded: elsewhere where another is free,
     with jittered, growing pauses, within `total_s` and a budget of retries. Only failures of the infrastructure raise,
-    as with `LocalSandbox`. Cancelling a call does not end what runs already; its limits do. (In a session it does.)
+    as with `LocalSandbox`. Cancelling `exec` does not end what runs already; its limits do.
     """
 
     def __init__(

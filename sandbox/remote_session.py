@@ -232,7 +232,8 @@ class RemoteSession:
 
         async def attempt(left: float) -> ExecResult:
             nonlocal sent
-            await box.usable(endpoint, left)
+            if not endpoint.breaker.closed:
+                await box.usable(endpoint, left)
             sent = True
             most = min(left, seconds)
             return await endpoint.ask("POST", f"{self._path}/exec", exec_result, body, seconds=most, headers=_JSON)
