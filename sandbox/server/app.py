@@ -97,7 +97,9 @@ class _Shortcut:
 
 def create_app(state: ServerState) -> Gate:
     """The ASGI application of one server."""
-    app = FastAPI(title="retool sandbox", docs_url="/docs", redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(
+        title="retool sandbox", docs_url="/docs", redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False
+    )
     shortcut = _Shortcut(app)
     for route in ROUTES:
         endpoint = _endpoint(state, route)
