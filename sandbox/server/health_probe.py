@@ -71,7 +71,7 @@ class Health:
                 await self.state.box.stats()
         except (SandboxError, TimeoutError):
             return False
-        return self.state.load >= self.state.workers
+        return self.state.load.total >= self.state.workers
 
 
 def _healthy(word: str) -> Reply:

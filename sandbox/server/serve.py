@@ -131,7 +131,7 @@ class _Server(uvicorn.Server):
         state = self.state
         print(
             f"sandbox: {self.url}  tier {state.box.tier}  profile {state.options.profile}  "
-            f"token {'needed' if state.tokens.required else 'not needed'}  docs {DOCS} and /docs",
+            f"token {'needed' if state.tokens.required else 'not needed'}  docs {DOCS} and /openapi.json",
             flush=True,
         )
 
@@ -150,11 +150,11 @@ class _Server(uvicorn.Server):
         """New work is refused; what runs may finish within `drain_s`."""
         end = self._loop.time() + self.state.options.drain_s
         while self._loop.time() < end and (  # noqa: ASYNC110 - three counters, no event
-            self.state.load or self.state.once.running or self.gate.active
+            self.state.load.total or self.state.once.running or self.gate.active
         ):
             await asyncio.sleep(0.02)
-        if self.state.load:
-            log.warning("ending with %d executions under way", self.state.load)
+        if self.state.load.total:
+            log.warning("ending with %d executions under way", self.state.load.total)
         self.should_exit = True
 
 
@@ -177,7 +177,7 @@ def _tcp_socket(host: str, port: int, backlog: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ServeError(f"--host {host} --port {port}: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
