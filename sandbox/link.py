@@ -22,6 +22,13 @@ from sandbox.types import SandboxUnavailable
 
 _BOOT = Path(__file__).resolve().parent / "boot.py"
 _CANARY = "RETOOL_SANDBOX_CANARY"
+PING_S = 2.0
+"""While somebody waits for an answer, the supervisor is asked so often whether it lives."""
+PINGS = 8
+"""Pings in a row without a word from the supervisor, then it is killed. Pings are counted, not seconds: while this
+process is suspended, or its loop is blocked, it sends none."""
+START_PINGS = 30
+"""The same before its first word: a machine that is busy may take a while to load it."""
 
 
 class Link:
@@ -42,6 +49,8 @@ class Link:
         self._ids = itertools.count(1)
         self._frames = FrameProtocol(self._message, self._end)
         self._transport: asyncio.Transport | None = None
+        self._unheard = PINGS - START_PINGS  # pings in a row without a word from it
+        self._watch: asyncio.TimerHandle | None = None
 
     def _start(self, settings: Settings) -> None:
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -78,9 +87,11 @@ class Link:
         hello: asyncio.Future[dict[str, Any]] = loop.create_future()
         self.pending[0] = hello
         self._transport, _ = await loop.create_connection(lambda: self._frames, sock=self.near)
+        self._watch = loop.call_later(PING_S, self._check)
         return await hello
 
     def _message(self, message: dict[str, Any]) -> None:
+        self._unheard = 0
         future = self.pending.pop(message["id"], None)
         if future is not None and not future.done():
             future.set_result(message)
@@ -94,6 +105,21 @@ class Link:
             if not future.done():
                 future.set_exception(SandboxUnavailable(text))
         self.pending.clear()
+
+    def _check(self) -> None:
+        """A supervisor that hangs is as good as dead: kill it, so that the next call can start another."""
+        self._watch = None
+        if self.dead or not self.pending:
+            return
+        if self._unheard == PINGS:
+            self.process.kill()
+            self._end("the sandbox supervisor did not answer any more")
+            assert self._transport is not None
+            self._transport.abort()
+            return
+        self._unheard += 1
+        self._frames.send({"id": next(self._ids), "op": "ping"})
+        self._watch = self._loop.call_later(PING_S, self._check)
 
     def _last_words(self) -> str:
         try:
@@ -109,7 +135,7 @@ class Link:
     async def ask(self, message: dict[str, Any], cancel: dict[str, Any] | None = None) -> dict[str, Any]:
         """Send a request and wait for its reply. `cancel`: what to send when the caller does not want it any more.
 
-        Raises `SandboxUnavailable` when the supervisor dies, and the error that the reply holds.
+        Raises `SandboxUnavailable` when the supervisor dies or hangs, and the error that the reply holds.
         """
         if self.dead:
             raise SandboxUnavailable("the sandbox supervisor died")
@@ -117,6 +143,9 @@ class Link:
         message["id"] = ident
         future = self._loop.create_future()
         self.pending[ident] = future
+        if self._watch is None:
+            self._unheard = 0
+            self._watch = self._loop.call_later(PING_S, self._check)
         try:
             self._frames.send(message)
             reply: dict[str, Any] = await future
@@ -133,6 +162,8 @@ class Link:
     async def close(self) -> None:
         """Hang up and wait until the supervisor, and with it everything it started, has ended."""
         self.dead = True
+        if self._watch is not None:
+            self._watch.cancel()
         if self._transport is not None:
             self._transport.close()
         else:

@@ -97,7 +97,9 @@ class _Shortcut:
 
 def create_app(state: ServerState) -> Gate:
     """The ASGI application of one server."""
-    app = FastAPI(title="retool sandbox", docs_url="/docs", redoc_url=None, openapi_url="/openapi.json")
+    app = FastAPI(
+        title="retool sandbox", docs_url="/docs", redoc_url=None, openapi_url="/openapi.json", redirect_slashes=False
+    )
     shortcut = _Shortcut(app)
     for route in ROUTES:
         endpoint = _endpoint(state, route)
@@ -112,7 +114,7 @@ def create_app(state: ServerState) -> Gate:
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
-    message = f"{request.method} {request.url.path[:200]}: {error.detail}; GET /docs lists what there is"
+    message = f"{request.method} {request.url.path[:200]}: {error.detail}; GET /openapi.json lists what there is"
     reply = Refused(error.status_code, code, message).reply()
     return Response(reply.body, reply.status, error.headers, "application/json")
 

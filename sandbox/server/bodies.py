@@ -21,7 +21,9 @@ Model = TypeVar("Model", bound=BaseModel)
 class Holder(Protocol):
     """Counts the request bytes in memory and names requests."""
 
-    held_bytes: int
+    def hold(self, owner: str, size: int) -> None:
+        """Count bytes. Raises `Refused` (429) for too many, which are counted."""
+        ...
 
     def request_number(self) -> str:
         """A new name."""
@@ -37,9 +39,13 @@ class Ticket:
         self.bytes = 0
 
     def hold(self, size: int) -> None:
-        """Count bytes of the body; the gate gives them back."""
+        """Count bytes of the body; the gate gives them back. Raises `Refused` (429) for too many."""
         self.bytes += size
-        self._holder.held_bytes += size
+        self._holder.hold(self.owner, size)
+
+    def release(self) -> None:
+        """The body is not in memory any more."""
+        self._holder.hold(self.owner, -self.bytes)
 
 
 def ticket(request: Request) -> Ticket:
@@ -64,7 +70,8 @@ def _too_large() -> Refused:
 
 
 async def read_body(request: Request) -> bytes:
-    """The whole body. Raises `Refused`: 413 as soon as it is known to be too large, 408 when it takes too long."""
+    """The whole body. Raises `Refused`: 413 as soon as it is known to be too large, 429 when memory holds too much of
+    others, 408 when it takes too long."""
     if content_length(request) > MAX_BODY:
         raise _too_large()
     held = ticket(request)

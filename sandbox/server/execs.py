@@ -88,10 +88,13 @@ async def exec_one(state: ServerState, request: Request) -> Response:
     state.check_profile(item.profile)
     state.limits(item.limits)
     mark = fingerprint(*item.model_copy(update={"idempotency_key": None, "deadline_ms": None})) if key else ""
-    if key is None:
-        state.check_deadline(item.deadline_ms)
     owner = ticket(request).owner
-    return await once_or_watched(state, request, ("exec", key), mark, lambda: state.answer(item, owner=owner))
+
+    async def work() -> Reply:
+        state.load.check(owner)
+        return await state.answer(item, owner=owner)
+
+    return await once_or_watched(state, request, ("exec", key), mark, work)
 
 
 async def _item(state: ServerState, owner: str, index: int, data: Any, arrived: float) -> bytes:
@@ -118,21 +121,20 @@ async def _lines(state: ServerState, owner: str, items: list[Any], arrived: floa
     """Lines in the order in which items finish. Closing the iterator cancels what has no key and still runs."""
     pending: set[asyncio.Task[bytes]] = set()
     remaining = enumerate(items)
-    extra = len(items) - 1  # the gate has counted the batch as one
-    state.load += extra
+    later = len(items)
+    state.load.later(owner, later)
     try:
         while True:
             while len(pending) < _BATCH_AHEAD * state.workers and (entry := next(remaining, None)) is not None:
                 pending.add(asyncio.ensure_future(_item(state, owner, *entry, arrived)))
+                state.load.later(owner, -1)
+                later -= 1
             if not pending:
                 return
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-            gone = min(len(done), extra)
-            state.load -= gone
-            extra -= gone
             yield b"".join(task.result() for task in done)
     finally:
-        state.load -= extra
+        state.load.later(owner, -later)
         for task in pending:
             task.cancel()
         await asyncio.gather(*pending, return_exceptions=True)
@@ -142,5 +144,7 @@ async def exec_batch(state: ServerState, request: Request) -> Response:
     """Many executions, one JSON object a line as each finishes."""
     arrived = time.monotonic()
     batch = check(BatchRequest, await read_json(request))
-    lines = _lines(state, ticket(request).owner, batch.items, arrived)
+    owner = ticket(request).owner
+    state.load.check(owner)
+    lines = _lines(state, owner, batch.items, arrived)
     return StreamingResponse(lines, media_type="application/x-ndjson")

@@ -14,15 +14,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sandbox.codec import dumps, encode_bytes, error_fields, error_status, result_fields
+from sandbox.codec import dumps, encode_bytes, error_status, result_fields
 from sandbox.results import decode_result
 from sandbox.server.bodies import check, read_json, ticket
 from sandbox.server.execs import while_connected
 from sandbox.server.fusion_models import RunCodeRequest, RunJupyterRequest
 from sandbox.server.fusion_programs import program
-from sandbox.server.replies import Refused, Reply, error_reply
+from sandbox.server.replies import Refused, Reply, told
 from sandbox.server.state import ServerState
-from sandbox.types import ExecResult, Limits, SandboxError, Session, Status
+from sandbox.types import ExecResult, Limits, SandboxError, Session, SessionOpening, Status
 
 _TIME = (Status.TIMEOUT, Status.CPU_LIMIT)
 _WHY = {
@@ -78,7 +78,7 @@ def _extra(request: Request, result: ExecResult) -> dict[str, Any]:
 
 def _failed(request: Request, error: SandboxError, result_name: str) -> Reply:
     """An infrastructure failure in SandboxFusion's shape."""
-    plain = error_reply(error)
+    reason = told(error)
     fields = {
         "status": "SandboxError",
         "message": f"{error.code}: {error}",
@@ -86,9 +86,9 @@ def _failed(request: Request, error: SandboxError, result_name: str) -> Reply:
         "files": {},
         "executor_pod_name": None,
         "request_id": ticket(request).number,
-        "error": error_fields(error),
+        "error": reason,
     }
-    return Reply(error_status(error), dumps(fields), False, plain.retry_after)
+    return Reply(error_status(error), dumps(fields), False, reason.get("retry_after", 0.0))
 
 
 def _limits(state: ServerState, seconds: float, memory_mb: int = -1) -> Limits:
@@ -119,9 +119,10 @@ async def _run_code(state: ServerState, request: Request, body: RunCodeRequest, 
         optional: dict[str, Any] = {"files": files} if files else {}
         if body.fetch_files:
             optional["fetch"] = body.fetch_files
-        ended = await state.box.exec_fields(
-            source, stdin=stdin if stdin is not None else body.stdin or "", limits=limits, **optional
-        )
+        owner = ticket(request).owner
+        stdin = stdin if stdin is not None else body.stdin or ""
+        with state.load.place(owner):
+            ended = await state.box.exec_fields(source, stdin=stdin, limits=limits, owner=owner, **optional)
     except UnicodeEncodeError as error:
         raise Refused(422, "invalid_request", f"code is not text: {error.reason} at {error.start}") from None
     except SandboxError as error:
@@ -151,11 +152,9 @@ async def run_jupyter(state: ServerState, request: Request) -> Response:
 
 async def _run_jupyter(state: ServerState, request: Request, body: RunJupyterRequest, limits: Limits) -> Reply:
     try:
-        async with state.box.session(limits=limits, ttl_s=body.total_timeout + 60) as session:
-            for path, data in _files(body.files).items():
-                await session.write_file(path, data)
-            results = await _cells(state, session, body, limits)
-            files = await _fetch(session, body.fetch_files) if all(result.alive for result in results) else {}
+        opening = state.box.session(limits=limits, ttl_s=body.total_timeout + 60)
+        with state.load.place(ticket(request).owner):
+            results, files = await _cells_and_files(state, opening, body, limits)
     except SandboxError as error:
         state.failed(error)
         return _failed(request, error, "driver")
@@ -178,6 +177,16 @@ async def _run_jupyter(state: ServerState, request: Request, body: RunJupyterReq
         **_extra(request, last),
     }
     return Reply(200, dumps(fields))
+
+
+async def _cells_and_files(
+    state: ServerState, opening: SessionOpening, body: RunJupyterRequest, limits: Limits
+) -> tuple[list[ExecResult], dict[str, bytes]]:
+    async with opening as session:
+        for path, data in _files(body.files).items():
+            await session.write_file(path, data)
+        results = await _cells(state, session, body, limits)
+        return results, await _fetch(session, body.fetch_files) if all(each.alive for each in results) else {}
 
 
 async def _cells(state: ServerState, session: Session, body: RunJupyterRequest, limits: Limits) -> list[ExecResult]:

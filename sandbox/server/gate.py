@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sandbox.server.bodies import Ticket
-from sandbox.server.replies import Refused, internal_error, overloaded
+from sandbox.server.replies import Refused, internal_error
 from sandbox.server.state import ServerState
 from sandbox.server.tokens import ANONYMOUS
 
@@ -54,19 +54,21 @@ class Gate:
         if state.draining and posted:
             await self._refuse(_draining(), send)
             return
-        if work and state.full:
-            message = f"{state.load} executions are under way or wait already"
-            await self._refuse(overloaded(message, state.wait_s()), send)
-            return
-        state.load += work
+        owner = owner or ANONYMOUS
+        if work:  # it takes its place when it begins; refused here, its body is not even read
+            try:
+                state.load.check(owner)
+            except Refused as refused:
+                await self._refuse(refused, send)
+                return
         self.active += 1
-        ticket = scope["retool.ticket"] = Ticket(owner or ANONYMOUS, state)
+        ticket = scope["retool.ticket"] = Ticket(owner, state)
         try:
             await self._run(scope, receive, send, ticket)
         finally:
             self.active -= 1
-            state.load -= work
-            state.held_bytes -= ticket.bytes
+            if ticket.bytes:
+                ticket.release()
 
     def _owner(self, scope: Scope) -> str | None:
         tokens = self.state.tokens

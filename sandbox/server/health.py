@@ -42,8 +42,8 @@ async def capabilities(state: ServerState, request: Request) -> Response:
 async def stats(state: ServerState, request: Request) -> Response:
     """Counters of the supervisor and of the server."""
     server = {
-        "load": state.load,
-        "held_bytes": state.held_bytes,
+        "load": state.load.total,
+        "held_bytes": state.load.held_bytes,
         "idempotent_hits": state.once.hits,
         "detached": state.once.running,
         "draining": state.draining,
@@ -58,7 +58,7 @@ async def metrics(state: ServerState, request: Request) -> Response:
             found = await state.box.stats()
     except (SandboxError, TimeoutError):
         found = {}
-    state.metrics.load.set(state.load)
+    state.metrics.load.set(state.load.total)
     state.metrics.draining.set(state.draining)
     text = state.metrics.render(found, state.box.tier, state.options.profile)
     return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")

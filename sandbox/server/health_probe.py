@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 FRESH_S = 1.0
 """A successful execution, anybody's, proves health for so long: probes cannot overload the server."""
 PROBE_S = 10.0
+STATS_S = 3.0
+"""Seconds within which a supervisor that works tells its counters."""
 _CODE = "print(6 * 7)"
 
 
@@ -52,7 +54,7 @@ class Health:
         except SandboxOverloaded:
             return _healthy("busy")
         except TimeoutError:
-            if state.load >= state.workers:  # it waits its turn behind other people's work
+            if await self._waits_its_turn():
                 return _healthy("busy")
             return error_reply(SandboxUnavailable(f"no execution within {PROBE_S:g} s"))
         except SandboxError as error:
@@ -60,6 +62,16 @@ class Health:
         if fields["status"] == Status.OK and fields["stdout"] == "42\n":
             return _healthy("ok")
         return error_reply(SandboxUnavailable(f"the probe ended with {fields['status']}: {fields['stderr'][:200]!r}"))
+
+    async def _waits_its_turn(self) -> bool:
+        """Whether other people's work keeps the probe waiting. Requests that hang are load too, so the supervisor must
+        answer besides; what it runs, it ends at its limits."""
+        try:
+            async with asyncio.timeout(STATS_S):
+                await self.state.box.stats()
+        except (SandboxError, TimeoutError):
+            return False
+        return self.state.load.total >= self.state.workers
 
 
 def _healthy(word: str) -> Reply:

@@ -27,7 +27,7 @@ _ERROR = {
                 "message": {"type": "string"},
                 "retryable": {"type": "boolean"},
                 "class": {"enum": ["request", "auth", "session", "overload", "infrastructure"]},
-                "retry_after": {"type": "number", "description": "Seconds; with class overload."},
+                "retry_after": {"type": "number", "description": "Seconds, where the header Retry-After is set."},
             },
         }
     },
@@ -38,6 +38,7 @@ _ERRORS = {
     "409": "The session cannot do this now, or the idempotency key was used for something else.",
     "410": "The session has ended.",
     "413": "Too large.",
+    "431": "Request line and headers are too large.",
     "422": "Refused before it ran.",
     "429": "Overloaded: wait `Retry-After` seconds.",
     "500": "A failure of the service.",
@@ -49,6 +50,7 @@ def _fixed_schemas() -> dict[str, Any]:
     listing = {"type": "object", "properties": {"path": {"type": "string"}, "size": {"type": "integer"}}}
     return {
         "Object": {"type": "object"},
+        "Text": {"type": "string"},
         "Error": _ERROR,
         "Session": _SESSION,
         "Sessions": {"type": "object", "properties": {"sessions": {"type": "array", "items": _SESSION}}},
@@ -99,7 +101,7 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
         examples = schemas[model.__name__].get("examples", [])
         content["application/json"]["examples"] = {f"{n + 1}": {"value": value} for n, value in enumerate(examples)}
         operation["requestBody"] = {"required": True, "content": content}
-    if route.method == "POST":
+    if isinstance(route.takes, type) and "idempotency_key" in route.takes.model_fields:
         operation["parameters"].append(
             {"name": "Idempotency-Key", "in": "header", "required": False, "schema": {"type": "string"}}
         )

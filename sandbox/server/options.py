@@ -56,6 +56,14 @@ class ServeOptions:
 
     def check(self, tokens: tuple[str, ...]) -> None:
         """Raises `ServeError` for a combination that must not run."""
+        if self.uds == "":
+            raise ServeError("--uds needs the path of a socket")
+        if not 0 <= self.uds_mode <= 0o777:
+            raise ServeError("--uds-mode must be permissions from 0 to 777, octal")
+        if not 0 <= self.port <= 65535:
+            raise ServeError(f"--port {self.port}: ports are 0 (a free one) to 65535")
+        if self.workers < 0 or self.queue < 0:
+            raise ServeError("--workers and --queue cannot be less than 0")
         if not self.loopback and not tokens:
             raise ServeError(
                 f"--host {self.host} is reachable from other machines, so requests need a token: put one into a file "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from sandbox.local_session import LocalSession
@@ -25,9 +26,10 @@ class Owned:
 class Owners:
     """Sessions and snapshots by id, each bound to the token that made it."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_snapshots: int) -> None:
         self._sessions: dict[str, Owned] = {}
-        self._snapshots: dict[str, tuple[str, int, float]] = {}
+        self._snapshots: OrderedDict[str, tuple[str, int]] = OrderedDict()  # least recently used first
+        self._most = 2 * max_snapshots  # the sandbox evicts those that it has no room for, and does not tell
         self._swept = time.monotonic()
 
     def add(self, owner: str, session: Session, ttl_s: float, step: int = 0) -> Owned:
@@ -51,14 +53,16 @@ class Owners:
 
     def add_snapshot(self, owner: str, ident: str, step: int) -> None:
         """Remember a snapshot and the step it was taken at."""
-        self._snapshots[ident] = (owner, step, time.monotonic())
+        self._snapshots[ident] = (owner, step)
+        while len(self._snapshots) > self._most:
+            self._snapshots.popitem(last=False)
 
     def snapshot(self, owner: str, ident: str) -> int:
         """The snapshot's step. Raises `SessionError` (no_snapshot)."""
         found = self._snapshots.get(ident)
         if found is None or found[0] != owner:
             raise SessionError(f"there is no snapshot {ident[:64]!r}", "no_snapshot")
-        self._snapshots[ident] = (owner, found[1], time.monotonic())
+        self._snapshots.move_to_end(ident)
         return found[1]
 
     def forget_snapshot(self, ident: str) -> None:
@@ -74,6 +78,3 @@ class Owners:
         for ident, owned in list(self._sessions.items()):
             if now - owned.used > owned.ttl_s + _KEEP_S:
                 del self._sessions[ident]
-        for ident, (_, _, used) in list(self._snapshots.items()):
-            if now - used > 86_400:
-                del self._snapshots[ident]

@@ -13,6 +13,8 @@ from sandbox.codec import dumps, error_fields, error_status
 from sandbox.types import SandboxError, SandboxOverloaded, Status
 
 JSON = "application/json"
+MAX_WAIT_S = 30.0
+"""Longest `Retry-After`: estimates beyond it are worth little, and places become free earlier."""
 _CONTENT_TYPE = (b"content-type", JSON.encode())
 
 
@@ -70,7 +72,9 @@ class Refused(Exception):
 
 def overloaded(message: str, wait: float) -> Refused:
     """429."""
-    return Refused(429, SandboxOverloaded.code, message, "overload", retryable=True, wait=max(0.05, wait))
+    return Refused(
+        429, SandboxOverloaded.code, message, "overload", retryable=True, wait=min(MAX_WAIT_S, max(0.05, wait))
+    )
 
 
 def result_reply(fields: dict[str, Any]) -> Reply:
@@ -83,11 +87,18 @@ def result_reply(fields: dict[str, Any]) -> Reply:
 
 def error_reply(error: SandboxError) -> Reply:
     """What an infrastructure failure, or a session's refusal, looks like."""
-    wait = max(0.05, error.retry_after) if isinstance(error, SandboxOverloaded) else 0.0
-    status = error_status(error)
-    if status == 503 or (status == 429 and not wait):
-        wait = 1.0
-    return Reply(status, dumps({"error": error_fields(error)}), False, wait)
+    fields = told(error)
+    return Reply(error_status(error), dumps({"error": fields}), False, fields.get("retry_after", 0.0))
+
+
+def told(error: SandboxError) -> dict[str, Any]:
+    """What goes under `error`, with `retry_after` wherever waiting may help."""
+    fields = error_fields(error)
+    if isinstance(error, SandboxOverloaded):
+        fields["retry_after"] = max(0.05, fields["retry_after"])
+    elif error_status(error) in (429, 503):
+        fields["retry_after"] = 1.0
+    return fields
 
 
 def internal_error(name: str) -> Reply:

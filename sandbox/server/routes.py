@@ -57,5 +57,5 @@ ROUTES = (
     Route("GET", "/metrics", health.metrics, "service", None, "text/plain"),
     Route("POST", "/run_code", fusion.run_code, "SandboxFusion", RunCodeRequest),
     Route("POST", "/run_jupyter", fusion.run_jupyter, "SandboxFusion", RunJupyterRequest),
-    Route("GET", "/v1/ping", fusion.ping, "SandboxFusion"),
+    Route("GET", "/v1/ping", fusion.ping, "SandboxFusion", None, "Text"),
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import gc
 import logging
+import resource
 import socket
 import stat
 import sys
@@ -29,6 +31,7 @@ from sandbox.server.tokens import Tokens, load_tokens
 
 DOCS = "docs/sandbox-api.md"
 _BACKLOG = 2048
+_CONNECTIONS = 8192
 log = logging.getLogger("retool.sandbox")
 
 
@@ -40,10 +43,22 @@ def serve(options: ServeOptions) -> None:
     except ValueError as error:
         raise ServeError(str(error)) from None
     options.check(tokens)
-    with _listening(options) as listener, asyncio.Runner(loop_factory=new_event_loop) as runner:
+    backlog, connections = _room()
+    with _listening(options, backlog) as listener, asyncio.Runner(loop_factory=new_event_loop) as runner:
         if options.uds is None:
             options = replace(options, port=listener.getsockname()[1])
-        runner.run(_serve(options, Tokens(tokens), listener))
+        runner.run(_serve(options, Tokens(tokens), listener, backlog, connections))
+
+
+def _room() -> tuple[int, int]:
+    """How many connections may wait to be accepted, and how many may be open: all descriptors that we can get, but for
+    our own and for those that are accepted in one go, before any can be closed."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most == resource.RLIM_INFINITY:
+        return _BACKLOG, _CONNECTIONS
+    backlog = min(_BACKLOG, most // 4)
+    return backlog, max(1, min(_CONNECTIONS, most - backlog - 64))
 
 
 def _sandbox(options: ServeOptions) -> LocalSandbox:
@@ -75,14 +90,16 @@ async def _check_required(options: ServeOptions, box: LocalSandbox) -> None:
         raise ServeError(f"--require {', '.join(missing)}: tier {box.tier} was not shown to give it; it gives {known}")
 
 
-async def _serve(options: ServeOptions, tokens: Tokens, listener: socket.socket) -> None:
+async def _serve(
+    options: ServeOptions, tokens: Tokens, listener: socket.socket, backlog: int, connections: int
+) -> None:
     async with _sandbox(options) as box:
         await _check_required(options, box)
         state = ServerState(box, options, tokens)
         app = create_app(state)
         config = uvicorn.Config(
             app,
-            http=JoiningProtocol,
+            http=functools.partial(JoiningProtocol, most=connections),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -91,7 +108,7 @@ async def _serve(options: ServeOptions, tokens: Tokens, listener: socket.socket)
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=75,
-            backlog=_BACKLOG,
+            backlog=backlog,
             timeout_graceful_shutdown=2,
         )
         server = _Server(config, app, state, options.url)
@@ -114,7 +131,7 @@ class _Server(uvicorn.Server):
         state = self.state
         print(
             f"sandbox: {self.url}  tier {state.box.tier}  profile {state.options.profile}  "
-            f"token {'needed' if state.tokens.required else 'not needed'}  docs {DOCS} and /docs",
+            f"token {'needed' if state.tokens.required else 'not needed'}  docs {DOCS} and /openapi.json",
             flush=True,
         )
 
@@ -133,20 +150,20 @@ class _Server(uvicorn.Server):
         """New work is refused; what runs may finish within `drain_s`."""
         end = self._loop.time() + self.state.options.drain_s
         while self._loop.time() < end and (  # noqa: ASYNC110 - three counters, no event
-            self.state.load or self.state.once.running or self.gate.active
+            self.state.load.total or self.state.once.running or self.gate.active
         ):
             await asyncio.sleep(0.02)
-        if self.state.load:
-            log.warning("ending with %d executions under way", self.state.load)
+        if self.state.load.total:
+            log.warning("ending with %d executions under way", self.state.load.total)
         self.should_exit = True
 
 
 @contextlib.contextmanager
-def _listening(options: ServeOptions) -> Iterator[socket.socket]:
+def _listening(options: ServeOptions, backlog: int) -> Iterator[socket.socket]:
     listener = (
-        _unix_socket(options.uds, options.uds_mode)
+        _unix_socket(options.uds, options.uds_mode, backlog)
         if options.uds is not None
-        else _tcp_socket(options.host, options.port)
+        else _tcp_socket(options.host, options.port, backlog)
     )
     try:
         yield listener
@@ -156,16 +173,16 @@ def _listening(options: ServeOptions) -> Iterator[socket.socket]:
             Path(options.uds).unlink(missing_ok=True)
 
 
-def _tcp_socket(host: str, port: int) -> socket.socket:
+def _tcp_socket(host: str, port: int, backlog: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
+    except (OSError, UnicodeError) as error:
         raise ServeError(f"--host {host} --port {port}: {error}") from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
-        listener.listen(_BACKLOG)
+        listener.listen(backlog)
     except OSError as error:
         listener.close()
         hint = "; another server has it: choose another --port" if error.errno == errno.EADDRINUSE else ""
@@ -173,7 +190,7 @@ def _tcp_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _unix_socket(path: str, mode: int) -> socket.socket:
+def _unix_socket(path: str, mode: int, backlog: int) -> socket.socket:
     """A socket whose file has `mode`. A file left over by a server that died is replaced."""
     with contextlib.suppress(OSError):
         if stat.S_ISSOCK(Path(path).lstat().st_mode):
@@ -184,7 +201,7 @@ def _unix_socket(path: str, mode: int) -> socket.socket:
     try:
         listener.bind(path)
         Path(path).chmod(mode)
-        listener.listen(_BACKLOG)
+        listener.listen(backlog)
     except OSError as error:
         listener.close()
         hint = "; another server has it" if error.errno == errno.EADDRINUSE else ""

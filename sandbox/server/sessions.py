@@ -16,7 +16,7 @@ from sandbox.server.models import ForkRequest, KeyRequest, OpenRequest, RestoreR
 from sandbox.server.owners import Owned
 from sandbox.server.replies import Refused, Reply, error_reply, result_reply
 from sandbox.server.state import ServerState
-from sandbox.types import SandboxError, Session
+from sandbox.types import SandboxError, Session, Status
 
 Work = Callable[[], Coroutine[Any, Any, Reply]]
 
@@ -97,10 +97,12 @@ async def exec_in_session(state: ServerState, request: Request) -> Response:
     key = idempotency_key(request, body.idempotency_key)
 
     async def work() -> Reply:
-        fields = await owned.session.exec_fields(
-            body.code, stdin=body.stdin, limits=limits, expect_step=body.expect_step, rich=body.rich
-        )
-        state.ended(fields)
+        with state.load.place(owned.owner):
+            fields = await owned.session.exec_fields(
+                body.code, stdin=body.stdin, limits=limits, expect_step=body.expect_step, rich=body.rich
+            )
+        if fields["step"] > owned.step or fields["status"] == Status.REJECTED:  # else a stored result
+            state.ended(fields)
         owned.step = max(owned.step, fields["step"])
         return result_reply(fields)
 

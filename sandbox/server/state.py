@@ -9,6 +9,7 @@ from typing import Any
 
 from sandbox.local import LocalSandbox, check_profile
 from sandbox.server.health_probe import Health
+from sandbox.server.load import Load
 from sandbox.server.metrics import Metrics
 from sandbox.server.models import ExecRequest, LimitsModel
 from sandbox.server.once import Once
@@ -18,8 +19,6 @@ from sandbox.server.replies import Refused, Reply, error_reply, overloaded, resu
 from sandbox.server.tokens import Tokens
 from sandbox.types import Limits, SandboxError, SandboxOverloaded, SessionError, Status
 
-MAX_HELD_BYTES = 512 * 1024 * 1024
-"""Request bytes in memory at once; more is refused with 429."""
 _OVERHEAD_S = 0.003  # of one execution, beyond its own wall time: for estimates only
 
 
@@ -30,14 +29,12 @@ class ServerState:
         self.box, self.options, self.tokens = box, options, tokens
         self.workers = box.settings.workers
         self.once = Once()
-        self.owners = Owners()
+        self.owners = Owners(box.settings.max_snapshots)
         self.metrics = Metrics()
         self.health = Health(self)
-        self.load = 0
-        self.held_bytes = 0
+        self.load = Load(self.workers, options.queue)
         self.draining = False
         self.last_success = float("-inf")
-        self._typical_s = 0.01
         self._numbers = itertools.count(1)
         self._name = secrets.token_hex(4)
 
@@ -45,26 +42,15 @@ class ServerState:
         """A name for a request, unique to this server's life."""
         return f"{self._name}-{next(self._numbers)}"
 
-    # --- how full it is -----------------------------------------------------------------------------------------
+    # --- what is allowed ----------------------------------------------------------------------------------------
 
-    @property
-    def full(self) -> bool:
-        """Whether another execution would have to wait behind a full queue."""
-        return self.load >= self.workers + self.options.queue or self.held_bytes > MAX_HELD_BYTES
-
-    def wait_s(self) -> float:
-        """Roughly how long a new execution would wait."""
-        return max(0, self.load - self.workers) * self._typical_s / self.workers
+    def hold(self, owner: str, size: int) -> None:
+        """See `Load.hold`."""
+        self.load.hold(owner, size)
 
     def refuse(self, code: str) -> None:
         """Count a request that was turned away."""
         self.metrics.refused.labels(code).inc()
-
-    def check_deadline(self, deadline_ms: float | None) -> None:
-        """Raises `Refused` (429) when the deadline cannot be met."""
-        wait = self.wait_s()
-        if deadline_ms is not None and wait > deadline_ms / 1e3:
-            raise overloaded(f"about {wait:.1f} s of work wait already, the deadline is {deadline_ms / 1e3:g} s", wait)
 
     def limits(self, asked: LimitsModel | None) -> Limits:
         """Limits of one execution. Raises `Refused` (422) for more than this server allows."""
@@ -96,18 +82,21 @@ class ServerState:
         if request.deadline_ms is not None:
             left = request.deadline_ms / 1e3 - (time.monotonic() - arrived if arrived is not None else 0.0)
             if left <= 0:
-                raise overloaded("its deadline passed while it waited", self.wait_s())
+                raise overloaded("its deadline passed while it waited", self.load.expected_wait(owner))
             optional["deadline_s"] = left
         if request.limits is not None:
             optional["limits"] = self.limits(request.limits)
         for name in ("profile", "files", "fetch", "rich"):
             if getattr(request, name):
                 optional[name] = getattr(request, name)
+        self.load.enter(owner)
         try:
             fields = await self.box.exec_fields(request.code, stdin=request.stdin, seed=request.seed, **optional)
         except SandboxError as error:
             self.failed(error)
             raise
+        finally:
+            self.load.leave(owner)
         self.ended(fields)
         return fields
 
@@ -122,7 +111,7 @@ class ServerState:
         """Count an execution, by the fields of its result."""
         status, usage = fields["status"], fields["usage"]
         self.metrics.ended(status, usage)
-        self._typical_s += 0.05 * (usage["wall_ms"] / 1e3 + _OVERHEAD_S - self._typical_s)
+        self.load.took(usage["wall_ms"] / 1e3 + _OVERHEAD_S)
         if status != Status.REJECTED:
             self.last_success = time.monotonic()
 

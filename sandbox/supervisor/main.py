@@ -22,7 +22,7 @@ from sandbox.types import SandboxError, SandboxInfraError, SandboxProtocolError
 
 
 class Connection:
-    """Serves one client until it closes its end or dies (`gone`). Messages before `serve` wait."""
+    """Serves one client until it closes its end or dies (`gone`). Messages before `serve` wait, but pings."""
 
     def __init__(self, service: Service, gone: asyncio.Event) -> None:
         self.service = service
@@ -44,6 +44,9 @@ class Connection:
             self._message(message)
 
     def _message(self, message: dict[str, Any]) -> None:
+        if message["op"] == "ping":
+            self.send({"id": message["id"]})
+            return
         if self._early is not None:
             self._early.append(message)
             return

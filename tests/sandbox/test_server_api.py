@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import inspect
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.sandbox.serving import Served, served
+from retool.cli import sandbox_serve
+from tests.sandbox.serving import ROOT, Served, served
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +227,36 @@ def test_capabilities_metrics_and_openapi(server: Served, http: httpx.Client) ->
     used = {part.split('"')[0] for part in json.dumps(page).split("#/components/schemas/")[1:]}
     assert used <= names
     assert http.get("/docs").status_code == 200
+    answer = page["paths"]["/v1/ping"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]["$ref"]
+    assert page["components"]["schemas"][answer.rsplit("/", 1)[1]] == {"type": "string"}
+    for path, operations in page["paths"].items():
+        for operation in operations.values():
+            body = json.dumps(operation.get("requestBody", {})).split("#/components/schemas/")
+            model = page["components"]["schemas"][body[1].split('"')[0]] if len(body) > 1 else {}
+            takes = any(parameter["name"] == "Idempotency-Key" for parameter in operation["parameters"])
+            assert takes == ("idempotency_key" in model.get("properties", {})), path
+
+
+def test_a_stored_result_is_no_execution(http: httpx.Client) -> None:
+    def executions() -> float:
+        lines = http.get("/metrics").text.splitlines()
+        return sum(float(line.split()[-1]) for line in lines if line.startswith("retool_sandbox_executions_total{"))
+
+    path = f"/v1/sessions/{http.post('/v1/sessions', json={}).json()['id']}"
+    snapshot = http.post(f"{path}/snapshot").json()["snapshot"]
+    before = executions()
+    for _ in range(5):
+        answer = http.post(f"{path}/exec", json={"code": "print(1)", "expect_step": 1})
+        assert (answer.json()["stdout"], answer.json()["step"]) == ("1\n", 1)
+    assert executions() == before + 1
+    assert http.post(f"{path}/restore", json={"snapshot": snapshot}).status_code == 200
+    assert http.post(f"{path}/exec", json={"code": "print(2)", "expect_step": 1}).json()["stdout"] == "2\n"
+    assert http.post(f"{path}/exec", content=b'{"code": "\\ud800"}').status_code == 422
+    assert executions() == before + 3
+    http.delete(path)
+
+
+def test_the_documentation_names_every_option() -> None:
+    text = (ROOT / "docs" / "sandbox-api.md").read_text()
+    for name in inspect.signature(sandbox_serve).parameters:
+        assert f"`--{name.replace('_', '-')}" in text, name

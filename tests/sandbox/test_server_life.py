@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import signal
@@ -17,7 +18,10 @@ from typing import Any
 import httpx
 import pytest
 
+from sandbox.server.options import ServeError, ServeOptions
+from sandbox.server.owners import Owners
 from sandbox.server.tokens import Tokens, load_tokens
+from sandbox.types import SessionError
 from tests.sandbox.conftest import processes
 from tests.sandbox.serving import OTHER_TOKEN, ROOT, TOKEN, Served, eventually, served
 
@@ -115,6 +119,31 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert done.returncode == 2 and "Traceback" not in done.stderr and words in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "x" * 300], "--host xxx"),
+        (["--host", "ü..x"], "--host ü..x"),
+        (["--port", "99999"], "99999"),
+        (["--port", "-1"], "-1"),
+        (["--uds", ""], "--uds"),
+        (["--queue", "-1"], "--queue"),
+    ],
+)
+def test_nonsense_is_refused_in_a_line(options: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "sandbox.server", *options]
+    env = {**os.environ, "RETOOL_SANDBOX_TOKEN": TOKEN}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and words in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("mode", [-1, 0o1000, 0o1777])
+def test_a_sockets_mode_is_permissions(tmp_path: Path, mode: int) -> None:
+    with pytest.raises(ServeError, match="--uds-mode"):
+        ServeOptions(uds=str(tmp_path / "socket"), uds_mode=mode).check(())
+    ServeOptions(uds=str(tmp_path / "socket"), uds_mode=0o777).check(())
+
+
 def test_a_port_in_use_is_said_in_a_line() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -150,6 +179,19 @@ def test_a_unix_socket_is_for_its_user_only(tmp_path: Path) -> None:
         server.end()
     server = Served("--uds", str(path))
     assert server.end()[0] == 0 and not path.exists()
+
+
+def test_forgotten_snapshots_take_no_memory() -> None:
+    owners = Owners(max_snapshots=3)
+    owners.add_snapshot("a", "first", 7)
+    for number in range(1000):
+        owners.add_snapshot("a", str(number), number)
+        assert owners.snapshot("a", "first") == 7, "what is used stays"
+    kept = 0
+    for number in range(1000):
+        with contextlib.suppress(SessionError):
+            kept += owners.snapshot("a", str(number)) == number
+    assert 3 <= kept + 1 <= 6
 
 
 # --- load ------------------------------------------------------------------------------------------------------------
@@ -267,6 +309,7 @@ def test_the_supervisors_death_is_a_typed_failure_and_the_retry_works() -> None:
                 answer = each.result()
                 error = answer.json()["error"]
                 assert answer.status_code == 503 and error["retryable"] and error["class"] == "infrastructure", error
+                assert int(answer.headers["retry-after"]) == error["retry_after"] == 1
             again = list(pool.map(lambda n: exec_(http, f"print({n})", idempotency_key=f"r{n}"), range(6)))
         assert [answer.json()["stdout"] for answer in again] == [f"{n}\n" for n in range(6)]
         assert exec_(http, "print('k0')", idempotency_key="k0").json()["stdout"] == "k0\n", "a failure is not kept"
