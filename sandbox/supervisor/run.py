@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sandbox import paths
+from sandbox.supervisor import cores
 from sandbox.supervisor.outcome import (
     OOM_WATCH,
     Ending,
@@ -105,6 +106,7 @@ class Run:
         self.unit, self.child, self.job = unit, child, job
         self._killed_for: Status | None = None
         self._crowded = False  # the disk was full before it began
+        self._bound = False  # to one processor
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         limits = job.limits
         self.stdout = Stream(limits.output_head_bytes, limits.output_tail_bytes)
@@ -136,7 +138,6 @@ class Run:
 
         Whatever the program started may live on until `clean`, which must follow.
         """
-        loop = asyncio.get_running_loop()
         child = self.child
         ooms = OOM_WATCH.begin()
         if child.group is not None:
@@ -147,7 +148,7 @@ class Run:
         child.on_exit = self._finish
         if child.exited.done():
             self._finish()
-        timer = loop.call_later(self.job.limits.wall_s, self._stop, Status.TIMEOUT)
+        self._watch(started, cores.LOOK_S)
         self.pump.attach(child.stdout, self.stdout)
         self.pump.attach(child.stderr, self.stderr)
         self.talk.attach(child.report, self.report)
@@ -155,7 +156,7 @@ class Run:
         try:
             await self._end
         finally:
-            timer.cancel()
+            self._timer.cancel()
             if feeding is not None:
                 feeding.cancel()
                 await asyncio.gather(feeding, return_exceptions=True)
@@ -175,6 +176,19 @@ class Run:
             ending = ending.looked_into(ooms, child.group)
         usage = Usage(1e3 * wall, cpu_us / 1e3, queue_ms, rss_kib / 1024)
         return self._result(ending, usage, report, body)
+
+    def _watch(self, started: float, pause: float) -> None:
+        """End it at its limit; until then look at it now and then, if it lasts."""
+        left = started + self.job.limits.wall_s - time.monotonic()
+        loop = asyncio.get_running_loop()
+        if left <= pause:
+            self._timer = loop.call_later(left, self._stop, Status.TIMEOUT)
+        else:
+            self._timer = loop.call_later(pause, self._look, started)
+
+    def _look(self, started: float) -> None:
+        self._bound = cores.settle(self.child.process, self._bound)
+        self._watch(started, cores.NEXT_LOOK_S)
 
     async def clean(self) -> bool:
         """Kill everything that is left of the run and let go of it; True when nothing is."""

@@ -232,14 +232,18 @@ class Service:
             raise
         run = Run(unit, child, job)
         self._running[handle] = run
+        result = None
         try:
-            return await run.execute(1e3 * (time.monotonic() - queued))
+            result = await run.execute(1e3 * (time.monotonic() - queued))
+            return result
         finally:
             del self._running[handle]
             task = asyncio.get_running_loop().create_task(self._clean(pool, run, started))
             self._cleaning.add(task)
             task.add_done_callback(self._cleaning.discard)
-            if run.killed:  # nobody is in a hurry then, and whoever set a limit wants to see it kept
+            # At a limit nobody is in a hurry, whoever set it wants to see it kept, and there is much to clean: the
+            # caller's next run shall not take a neighbour's slot meanwhile.
+            if run.killed or (result is not None and result.status is Status.MEMORY_LIMIT):
                 await asyncio.shield(task)
 
     async def _clean(self, pool: Pool, run: Run, started: float) -> None:

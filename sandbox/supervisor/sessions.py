@@ -13,10 +13,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sandbox.supervisor.cores import pid_of
 from sandbox.supervisor.outcome import digest
 from sandbox.supervisor.run import neighbours
 from sandbox.supervisor.sessions_fork import MAX_DEPTH, copy, raise_error
-from sandbox.supervisor.sessions_interpreter import Interpreter, pid_of
+from sandbox.supervisor.sessions_interpreter import Interpreter
 from sandbox.supervisor.sessions_live import Admission, LiveSession, Past, Reply, Request
 from sandbox.supervisor.sessions_tree import MAX_MEMBERS, Tree
 from sandbox.supervisor.unit import Child, Unit

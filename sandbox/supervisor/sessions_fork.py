@@ -186,6 +186,8 @@ async def _command(source: Interpreter, fields: dict[str, Any], birth: _Birth) -
     try:
         try:
             _one_thread(source.pid)
+            if source.bound:  # its threads have ended since somebody looked; a copy would be bound for ever
+                source.settle()
             descriptors = birth.open()
         finally:
             _send(source, descriptors)  # in any case: it waits for them

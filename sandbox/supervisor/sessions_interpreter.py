@@ -19,9 +19,9 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from sandbox.supervisor import cores
 from sandbox.supervisor.outcome import parse_head
 from sandbox.supervisor.pump import Stream
 from sandbox.supervisor.unit import Child
@@ -82,6 +82,7 @@ class Interpreter:
         self._number = 0
         self._awaited: deque[tuple[int, Answer, int]] = deque()  # number, who wants to know, bytes of data at most
         self._deaf = False
+        self.bound = False  # to one processor
         self._buffer = bytearray()
         self._unsent = b""
         self._loop = asyncio.get_running_loop()
@@ -266,6 +267,10 @@ class Interpreter:
         except OSError:
             return 0.0
 
+    def settle(self) -> None:
+        """See `cores`."""
+        self.bound = cores.settle(self.child.process, self.bound)
+
     def interrupt(self) -> None:
         """SIGINT: KeyboardInterrupt where user code runs, nothing elsewhere."""
         with contextlib.suppress(OSError):
@@ -289,13 +294,3 @@ class Interpreter:
         self.on_flood = self.on_nonsense = None
         self._awaited.clear()
         self._closed.update((self.child.stdout, self.child.stderr))
-
-
-def pid_of(pidfd: int) -> int:
-    """The process id behind a pidfd, as we see it. Raises `ProcessLookupError` when it is gone."""
-    for line in Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines():
-        if line.startswith("Pid:"):
-            pid = int(line.split()[1])
-            if pid > 0:
-                return pid
-    raise ProcessLookupError(f"nothing behind pidfd {pidfd}")

@@ -210,6 +210,7 @@ class LiveSession:
         if self.running is not step:
             return
         self.interpreter.listen()
+        self.interpreter.settle()
         now, limits = time.monotonic(), step.request.limits
         if step.stopping is None:
             if now - step.started >= limits.wall_s:
