@@ -29,6 +29,13 @@ def check_profile_name(profile: str | None) -> None:
         raise ValueError(f"unknown profile {profile!r}: choose from {', '.join((AUTO, *PROFILES))}")
 
 
+def check_counts(least: int = 0, **counts: int | None) -> None:
+    """How many of something; None is the default."""
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < least):
+            raise ValueError(f"{name} must be a whole number, {least} or more, not {count!r}")
+
+
 def check_limits(limits: Limits | None) -> None:
     """Limits that something can run in."""
     if limits is None:

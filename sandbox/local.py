@@ -19,6 +19,7 @@ from typing import Any, Self, cast
 
 from sandbox.arguments import (
     check_copies,
+    check_counts,
     check_id,
     check_lease,
     check_limits,
@@ -82,6 +83,7 @@ class LocalSandbox:
         installed = available()
         check_profile(profile, installed)
         check_limits(limits)
+        check_counts(workers=workers, queue=queue, max_sessions=max_sessions, max_snapshots=max_snapshots)
         if problem := unknown_properties(require):
             raise ValueError(problem)
         if tier is not None and tier not in BY_NAME:

@@ -86,10 +86,10 @@ class LocalSession:
         return decode_result(fields)
 
     async def exec_fields(
-        self, code: str, *, stdin: str, limits: Limits | None, expect_step: int | None, rich: bool
+        self, code: str, *, stdin: str, limits: Limits | None, expect_step: int | None, rich: bool, owner: str = ""
     ) -> dict[str, Any]:
         """`exec` for a server, which has checked the arguments: the result as JSON fields (`codec.result_fields`), as
-        the supervisor wrote them."""
+        the supervisor wrote them. `owner`: callers with different ones take turns in the queue."""
         message: dict[str, Any] = {"op": "session.exec", "session": self.id, "code": code}
         if stdin:
             message["stdin"] = stdin
@@ -99,6 +99,8 @@ class LocalSession:
             message["expect_step"] = expect_step
         if rich:
             message["rich"] = True
+        if owner:
+            message["owner"] = owner
         self._check()
         cancel = {"op": "session.cancel", "session": self.id} if expect_step is None else None
         return cast("dict[str, Any]", (await self._link.ask(message, cancel))["result"])

@@ -99,7 +99,12 @@ async def exec_in_session(state: ServerState, request: Request) -> Response:
     async def work() -> Reply:
         with state.load.place(owned.owner):
             fields = await owned.session.exec_fields(
-                body.code, stdin=body.stdin, limits=limits, expect_step=body.expect_step, rich=body.rich
+                body.code,
+                stdin=body.stdin,
+                limits=limits,
+                expect_step=body.expect_step,
+                rich=body.rich,
+                owner=owned.owner,
             )
         if fields["step"] > owned.step or fields["status"] == Status.REJECTED:  # else a stored result
             state.ended(fields)

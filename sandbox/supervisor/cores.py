@@ -1,8 +1,8 @@
 """One processor for a run of many threads.
 
 Threads of one interpreter run one at a time, yet each that waits wakes every 5 ms on whatever processor is free. Linux
-6.18 then let two such runs keep both processors of a machine for up to 80 ms, whoever else waited. On one processor they
-disturb nobody, and lose only what numpy's own threads would gain, which are switched off anyway.
+6.18 then let two such runs keep both processors of a machine for up to 80 ms, whoever else waited. On one processor
+they disturb nobody, and lose only what numpy's own threads would gain, which are switched off anyway.
 """
 
 from __future__ import annotations

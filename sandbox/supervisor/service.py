@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import os
+import resource
 import secrets
 import socket
 import time
@@ -45,6 +46,8 @@ from sandbox.types import (
 
 STDIN_BYTES = 16 * 1024 * 1024
 """Largest standard input of one run."""
+FILES_NEEDED = 1024
+"""Open files that a supervisor must be allowed: children are handed theirs as numbers above 512."""
 _UID_BLOCK, _UID_BLOCKS = 512, 60
 
 
@@ -84,7 +87,8 @@ class Service:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.counts: Counter[str] = Counter()
-        self.uid_base, self._uid_locks = reserve_uids(uids_needed(settings) * len(settings.profiles))
+        self.uid_base = 0
+        self._uid_locks: list[socket.socket] = []
         self._slots = Slots(settings.workers, settings.queue)
         self._running: dict[int, Run] = {}
         self._cleaning: set[asyncio.Task[None]] = set()
@@ -137,8 +141,20 @@ class Service:
         profile = self.settings.profile
         return replace(self.settings, profile=self.settings.profiles[0] if profile == AUTO else profile)
 
+    def _reserve(self) -> None:
+        """What this process needs before anything can be tried. Raises `ConfinementUnavailable` with the fix."""
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if 0 <= files < FILES_NEEDED:
+            raise ConfinementUnavailable(
+                f"this process may have {files} files open (`ulimit -Hn`); the sandbox needs {FILES_NEEDED}, and six "
+                "for each session. Raise the limit, in a container with --ulimit nofile=65536."
+            )
+        ids = uids_needed(self.settings) * len(self.settings.profiles)
+        self.uid_base, self._uid_locks = reserve_uids(ids)
+
     async def start(self) -> None:
         """Take the strongest tier that holds. Raises `ConfinementUnavailable` with what failed and the fix."""
+        self._reserve()
         failures = []
         if self.settings.cgroups:
             self._groups = cgroups.find()
@@ -170,7 +186,8 @@ class Service:
         )
 
     async def survey(self) -> list[dict[str, Any]]:
-        """Every tier, whether it holds here, and why not."""
+        """Every tier, whether it holds here, and why not. Raises `ConfinementUnavailable` when none can be tried."""
+        self._reserve()
         rows = []
         with Probe(self.settings) as probe:
             for tier in TIERS:
@@ -210,6 +227,7 @@ class Service:
         self.counts["executions"] += 1
         self.counts[f"status:{result.status.value}"] += 1
         size = len(result.stdout) + len(result.stderr) + sum(len(data) for data in result.files.values()) + 1024
+        size += sum(len(text) for shown in result.display for text in shown.values())
         return {"result": result_fields(result)}, size
 
     async def _admit(self, request: dict[str, Any], handle: int) -> ExecResult:

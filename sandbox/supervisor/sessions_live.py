@@ -53,6 +53,7 @@ class Request:
     stdin: str
     limits: Limits
     rich: bool = False
+    owner: str = ""
 
 
 @dataclass
@@ -167,7 +168,7 @@ class LiveSession:
         step = Step(self.step + 1, request, [reply], time.monotonic())
         self.running = step
         try:
-            if self._admission.enter(lambda: self._start(step), lambda error: self._refused(step, error)):
+            if self._admission.enter(request.owner, lambda: self._start(step), lambda e: self._refused(step, e)):
                 self._start(step)
         except SandboxError:
             self.running = None
@@ -411,18 +412,18 @@ class Admission:
         self._slots, self.count_one = slots, counts
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def enter(self, start: Callable[[], None], refuse: Callable[[SandboxError], None]) -> bool:
+    def enter(self, owner: str, start: Callable[[], None], refuse: Callable[[SandboxError], None]) -> bool:
         """True when a slot was free and is now taken; otherwise `start` is called once there is one, or `refuse`."""
         if self._slots.try_acquire():
             return True
-        task = asyncio.get_running_loop().create_task(self._later(start, refuse))
+        task = asyncio.get_running_loop().create_task(self._later(owner, start, refuse))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return False
 
-    async def _later(self, start: Callable[[], None], refuse: Callable[[SandboxError], None]) -> None:
+    async def _later(self, owner: str, start: Callable[[], None], refuse: Callable[[SandboxError], None]) -> None:
         try:
-            await self._slots.acquire()
+            await self._slots.acquire(owner)
         except SandboxError as error:
             refuse(error)
         else:

@@ -55,7 +55,8 @@ class SessionRequests:
             limits = message.get("limits")
             session = self.sessions.find(ident)
             chosen = Limits(**limits) if limits else session.limits
-            request = Request(message["code"], message.get("stdin", ""), chosen, bool(message.get("rich")))
+            stdin, rich, owner = message.get("stdin", ""), bool(message.get("rich")), message.get("owner", "")
+            request = Request(message["code"], stdin, chosen, rich, owner)
             reason = self._refusal(request)
             if reason:
                 reply({"result": result_fields(self.sessions.refuse(ident, request, reason))})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,13 @@ def test_nonsense_is_refused_in_a_few_lines(options: list[str]) -> None:
     done = sandbox(*options)
     assert done.returncode == 2 and options[-2] in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 12
+
+
+def test_a_limit_of_open_files_that_is_too_low_is_named() -> None:
+    low = (512, 512)
+    done = sandbox("run", "1", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, low))
+    assert done.returncode == 2 and "ulimit -Hn" in done.stderr and "512" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 4
 
 
 def test_code_from_standard_input_may_begin_with_a_mark(tmp_path: Path) -> None:

@@ -224,3 +224,16 @@ def test_nobody_is_killed_in_the_name_of_root() -> None:
         timeout=60,
     )
     assert "would kill everything" in done.stdout, done
+
+
+@pytest.mark.parametrize("counts", [{"workers": -1}, {"workers": 1.5}, {"queue": -1}, {"max_sessions": "many"}])
+def test_counts_that_are_none_are_refused(counts: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(counts))):
+        LocalSandbox("py-bare", **counts)
+
+
+@as_root
+async def test_more_workers_than_there_are_user_ids_are_refused() -> None:
+    with pytest.raises(ConfinementUnavailable, match="too many workers"):
+        async with LocalSandbox("py-bare", workers=100_000):
+            pass
