@@ -1,7 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with differences: an answer leaves in one write, not its head and body apart; whoever
 works for a client can be told when it goes away; a request says when all of it has come; nobody can use up the server
-with heads that never end, connections that say nothing, or very many of them; `Upgrade` is ignored; and what is no HTTP
-is refused in the shape of all refusals.
+with heads that never end, answers that nobody reads, connections that say nothing, or very many of them; `Upgrade` is
+ignored; and what is no HTTP is refused in the shape of all refusals.
 
 Each write is a system call that wakes the client; for answers of a few hundred bytes that is most of the cost.
 """
@@ -22,6 +22,8 @@ MAX_HEAD = 64 * 1024
 """Bytes of a request's line and headers; also what may come at once that is neither these nor a body."""
 HEAD_S = 10.0
 """Seconds in which a head must be complete; what still comes of a request that was answered has as long."""
+STALL_S = 60.0
+"""Seconds in which a client takes nothing of an answer that is too long for the buffers between us: then it is left."""
 MAX_PIPELINE = 100
 """Requests of one connection that wait for the answers to earlier ones."""
 _LINGER_S = 2.0
@@ -117,6 +119,7 @@ class JoiningProtocol(HttpToolsProtocol):
         self._bare = 0
         """Bytes that came since the last piece of a body or end of a request."""
         self._timer: asyncio.TimerHandle | None = None
+        self._stall: asyncio.TimerHandle | None = None
 
     # --- the connection -----------------------------------------------------------------------------------------------
 
@@ -132,6 +135,7 @@ class JoiningProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """asyncio's."""
         self._stop_timer()
+        self._stop_stall()
         self._unset_keepalive_if_required()
         super().connection_lost(exc)
         self.peer.leave()
@@ -155,6 +159,30 @@ class JoiningProtocol(HttpToolsProtocol):
         """As between requests: who says nothing is hung up on."""
         self._unset_keepalive_if_required()
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def pause_writing(self) -> None:
+        """asyncio's: the client reads more slowly than we write."""
+        super().pause_writing()
+        self._watch_stall()
+
+    def resume_writing(self) -> None:
+        """asyncio's."""
+        self._stop_stall()
+        super().resume_writing()
+
+    def _watch_stall(self) -> None:
+        self._stall = self.loop.call_later(STALL_S, self._stalled, self.transport.get_write_buffer_size())
+
+    def _stop_stall(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+
+    def _stalled(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() < before:
+            self._watch_stall()
+        else:
+            self.transport.abort()
 
     def _start_timer(self, seconds: float = HEAD_S) -> None:
         if self._timer is None:
