@@ -191,7 +191,7 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=10_000)
-    parser.add_argument("--probes", type=int, default=500)
+    parser.add_argument("--probes", type=int, default=2000)
     parser.add_argument("--tier", default=None)
     parser.add_argument("--server-pid", type=int, default=None, help="also watch the memory of this process")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))

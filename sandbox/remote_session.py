@@ -246,7 +246,7 @@ class RemoteSession:
         except asyncio.CancelledError:
             self._unsure = self._unsure or sent
             if sent and abandon:
-                self._settling = box.leave(self._settle(ask()))
+                self._settling = box.leave(self._settle(ask))
             raise
         except (SandboxUnavailable, Nonsense):
             self._unsure = self._unsure or sent
@@ -257,10 +257,10 @@ class RemoteSession:
     def _done(self, result: ExecResult) -> None:
         self.step, self._unsure = max(self.step, result.step), False
 
-    async def _settle(self, again: Coroutine[Any, Any, ExecResult]) -> None:
+    async def _settle(self, again: Callable[[], Coroutine[Any, Any, ExecResult]]) -> None:
         """Interrupt an execution that nobody waits for until it has ended; its answer, asked for `again` under the same
         key, says which step it was."""
-        ending = asyncio.ensure_future(again)
+        ending = asyncio.ensure_future(again())
         pause = 0.05
         try:
             while not ending.done():
