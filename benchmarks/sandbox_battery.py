@@ -1,10 +1,11 @@
 """Ten thousand mixed executions, hostile among benign: what leaks, what fails, what neighbours notice.
 
-python -m benchmarks.sandbox_battery [--runs 10000] [--tier ns] [--server-pid PID] [--output FILE]
+python -m benchmarks.sandbox_battery [--runs 10000] [--tier ns] [--output FILE]
 
-Two parts. *Leaks*: all runs at once through one embedded sandbox, a fifth of them attacks of the battery; afterwards no
+Three parts. *Leaks*: all runs through one embedded sandbox, a fifth of them attacks of the battery; afterwards no
 process, mount, descriptor or user id may be gone, no run may have ended as our failure, and the supervisor may not have
-grown. *Neighbours*: the latency of short runs beside hostile ones, against the same beside as many benign jobs that are
+grown. *Server*: the same runs over HTTP, and how much the server's process has grown, stored results included.
+*Neighbours*: the latency of short runs beside hostile ones, against the same beside as many benign jobs that are
 bound by the processor.
 """
 
@@ -18,14 +19,16 @@ import platform
 import random
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from sandbox import Limits, LocalSandbox, SandboxError
+from sandbox import ExecResult, Limits, LocalSandbox, SandboxError
 from sandbox.battery import ATTACKS, Attack, Control
 from sandbox.battery.run import descendants, descriptors, idle_inits, mounts
 from sandbox.battery.target import Target
+from sandbox.bench.targets import server
+from sandbox.remote import RemoteSandbox
 
 BENIGN = (
     "print(1)",
@@ -94,40 +97,45 @@ def _limits(attack: Attack) -> Limits:
     return Limits(wall_s=0.5 if endless else 5, cpu_s=1 if endless else 5, memory_mb=128, file_mb=4, processes=12)
 
 
-async def leaks(runs: int, tier: str | None, server_pid: int | None) -> dict[str, Any]:
-    """Part one."""
+async def mixed(
+    run: Callable[..., Awaitable[ExecResult]], attacks: list[tuple[str, str, Limits]], runs: int, at_once: int
+) -> dict[str, Any]:
+    """How `runs` programs end, a fifth of them attacks, `at_once` at a time."""
     chance = random.Random(0)
     ends: Counter[str] = Counter()
+    waiting = iter(range(runs))
+
+    async def drain() -> None:
+        for _ in waiting:
+            if chance.random() < 0.2:
+                code, stdin, limits = chance.choice(attacks)
+            else:
+                code, stdin, limits = chance.choice(BENIGN), "", Limits(wall_s=60)
+            try:
+                ends[(await run(code, stdin=stdin, limits=limits)).status.value] += 1
+            except SandboxError as error:
+                ends[f"infra:{error.code}"] += 1
+
+    started = time.perf_counter()
+    await asyncio.gather(*(drain() for _ in range(at_once)))
+    return {
+        "runs": runs,
+        "seconds": round(time.perf_counter() - started, 1),
+        "ends": dict(sorted(ends.items())),
+        "infra_errors": sum(count for name, count in ends.items() if name.startswith("infra")),
+    }
+
+
+async def leaks(runs: int, tier: str | None) -> dict[str, Any]:
+    """Part one."""
     with Target(unconfined=False) as target:
         attacks = hostile_programs(target)
         async with LocalSandbox("py-bare", tier=tier) as box:
-            await asyncio.gather(
-                *(box.exec("print(1)") for _ in range(300))
-            )  # caches and pools are as large as they get
+            await _warm(box.exec)
             await asyncio.sleep(2)
             stats = await box.stats()
             before, base = state(stats, box), rss_mb(stats["supervisor_pid"])
-            server = rss_mb(server_pid) if server_pid else 0.0
-
-            async def one(index: int) -> None:
-                if chance.random() < 0.2:
-                    code, stdin, limits = chance.choice(attacks)
-                else:
-                    code, stdin, limits = chance.choice(BENIGN), "", Limits(wall_s=60)
-                try:
-                    ends[(await box.exec(code, stdin=stdin, limits=limits)).status.value] += 1
-                except SandboxError as error:
-                    ends[f"infra:{error.code}"] += 1
-
-            started = time.perf_counter()
-            waiting = iter(range(runs))
-
-            async def drain() -> None:
-                for index in waiting:
-                    await one(index)
-
-            await asyncio.gather(*(drain() for _ in range(32)))
-            seconds = time.perf_counter() - started
+            ended = await mixed(box.exec, attacks, runs, 32)
             for _ in range(60):
                 await asyncio.sleep(0.5)
                 stats = await box.stats()
@@ -136,17 +144,29 @@ async def leaks(runs: int, tier: str | None, server_pid: int | None) -> dict[str
                     break
             return {
                 "tier": box.tier,
-                "runs": runs,
-                "seconds": round(seconds, 1),
-                "ends": dict(sorted(ends.items())),
+                **ended,
                 "leaked": {name: after[name] - before[name] for name in before},
                 "leaked_user_ids_or_runs": stats["leaked"],
-                "infra_errors": sum(count for name, count in ends.items() if name.startswith("infra")),
                 "restarts": stats["restarts"],
                 "supervisor_rss_growth_mb": round(rss_mb(stats["supervisor_pid"]) - base, 1),
-                "server_rss_growth_mb": round(rss_mb(server_pid) - server, 1) if server_pid else None,
                 "disturbances_outside": target.disturbances(),
             }
+
+
+async def served(runs: int, tier: str | None) -> dict[str, Any]:
+    """Part two."""
+    options = ("--profile", "py-bare", "--max-wall", "60", *(("--tier", tier) if tier else ()))
+    with Target(unconfined=False) as target:
+        async with server(*options) as (url, pid), RemoteSandbox(url) as box:
+            await _warm(box.exec)
+            base = rss_mb(pid)
+            ended = await mixed(box.exec, hostile_programs(target), runs, 32)
+            return {**ended, "server_rss_growth_mb": round(rss_mb(pid) - base, 1)}
+
+
+async def _warm(run: Callable[..., Awaitable[ExecResult]]) -> None:
+    """Until caches and pools are as large as they get."""
+    await asyncio.gather(*(run("print(1)") for _ in range(300)))
 
 
 async def company(
@@ -175,7 +195,7 @@ async def company(
 
 
 async def neighbours(probes: int, tier: str | None) -> dict[str, Any]:
-    """Part two: as many others as there are cores, with one worker free for the short runs."""
+    """Part three: as many others as there are cores, with one worker free for the short runs."""
     cores = len(os.sched_getaffinity(0))
     rows: dict[str, Any] = {"probes": probes, "beside": cores}
     async with LocalSandbox("py-bare", tier=tier, workers=cores + 1) as box:
@@ -193,13 +213,13 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--probes", type=int, default=2000)
     parser.add_argument("--tier", default=None)
-    parser.add_argument("--server-pid", type=int, default=None, help="also watch the memory of this process")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release().split('-')[0]}",
         "neighbours": asyncio.run(neighbours(options.probes, options.tier)),
-        "leaks": asyncio.run(leaks(options.runs, options.tier, options.server_pid)),
+        "leaks": asyncio.run(leaks(options.runs, options.tier)),
+        "server": asyncio.run(served(options.runs, options.tier)),
     }
     result["load"] = round(os.getloadavg()[0], 2)
     options.output.write_text(json.dumps(result, indent=2) + "\n")
