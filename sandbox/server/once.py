@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sandbox.server.replies import Refused, Reply
@@ -14,14 +15,32 @@ from sandbox.server.replies import Refused, Reply
 KEEP_S = 600.0
 KEEP_BYTES = 64 * 1024 * 1024
 KEY_CHARACTERS = 256
+_PACKED = range(1024, 128 * 1024)
+"""Sizes of bodies that are kept compressed: below it gains little, above it would take more than a millisecond."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Entry:
+    """Thousands are kept: once it is done, the answer alone."""
+
     fingerprint: str
-    task: asyncio.Task[Reply]
-    born: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[Reply] | None
+    reply: Reply | None = None
+    packed: bool = False
+    born: float = 0.0  # begun, or finished
     size: int = 0
+
+    def keep(self, reply: Reply) -> None:
+        """It is done."""
+        packed = len(reply.body) in _PACKED
+        self.reply = replace(reply, body=zlib.compress(reply.body, 1)) if packed else reply
+        self.task, self.packed = None, packed
+        self.born, self.size = time.monotonic(), len(self.reply.body) + 512
+
+    def answer(self) -> Reply:
+        """What was kept."""
+        assert self.reply is not None
+        return replace(self.reply, body=zlib.decompress(self.reply.body)) if self.packed else self.reply
 
 
 class Once:
@@ -44,17 +63,19 @@ class Once:
         self._expire()
         entry = self._entries.get(key)
         if entry is None:
-            entry = _Entry(fingerprint, asyncio.ensure_future(work()))
-            self._entries[key] = entry
+            task = asyncio.ensure_future(work())
+            entry = self._entries[key] = _Entry(fingerprint, task, born=time.monotonic())
             self._keyed += 1
-            entry.task.add_done_callback(lambda task: self._finished(key, task))
+            task.add_done_callback(lambda task: self._finished(key, task))
         elif entry.fingerprint != fingerprint:
             raise Refused(
                 409, "idempotency_conflict", f"the idempotency key {key[2]!r} was used for a different request"
             )
         else:
             self.hits += 1
-        return await asyncio.shield(entry.task)
+        if entry.task is not None:
+            return await asyncio.shield(entry.task)
+        return entry.answer()
 
     @property
     def running(self) -> int:
@@ -67,14 +88,14 @@ class Once:
             del self._entries[key]
             return
         entry = self._entries.pop(key)
-        entry.born, entry.size = time.monotonic(), len(task.result().body) + 512
+        entry.keep(task.result())
         self._entries[key] = entry  # order: by when it was finished
         self._bytes += entry.size
 
     def _expire(self) -> None:
         now = time.monotonic()
         for key, entry in list(self._entries.items()) if self._crowded(now) else ():
-            if not entry.task.done():
+            if entry.task is not None:
                 continue
             if now - entry.born < KEEP_S and self._bytes <= KEEP_BYTES:
                 break

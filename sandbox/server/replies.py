@@ -18,7 +18,7 @@ MAX_WAIT_S = 30.0
 _CONTENT_TYPE = (b"content-type", JSON.encode())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A finished answer. `done`: the work took effect, so a retry with the same key gets this very answer."""
 

@@ -260,3 +260,13 @@ def test_the_documentation_names_every_option() -> None:
     text = (ROOT / "docs" / "sandbox-api.md").read_text()
     for name in inspect.signature(sandbox_serve).parameters:
         assert f"`--{name.replace('_', '-')}" in text, name
+
+
+@pytest.mark.parametrize("characters", [10, 5_000, 60_000])
+def test_a_stored_answer_is_the_first_one_to_the_byte(http: httpx.Client, characters: int) -> None:
+    code = (
+        f"import random, time; print(time.time_ns(), ''.join(map(chr, random.choices(range(1, 900), k={characters}))))"
+    )
+    fields = {"code": code, "idempotency_key": f"stored-{characters}"}
+    first, again = (http.post("/v1/exec", json=fields) for _ in range(2))
+    assert first.json()["status"] == "ok" and again.content == first.content and again.headers == first.headers
