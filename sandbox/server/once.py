@@ -16,7 +16,7 @@ KEEP_S = 600.0
 KEEP_BYTES = 64 * 1024 * 1024
 KEY_CHARACTERS = 256
 _PACKED = range(1024, 128 * 1024)
-"""Sizes of bodies that are kept compressed: below it gains little, above it would take more than a millisecond."""
+"""Sizes of bodies that are kept compressed: below it gains little, above it would take more than 2 ms."""
 
 
 @dataclass(slots=True)

@@ -2,7 +2,7 @@
 
 Threads of one interpreter run one at a time, yet each that waits wakes every 5 ms on whatever processor is free. Linux
 6.18 then let two such runs keep both processors of a machine for up to 80 ms, whoever else waited. On one processor
-they disturb nobody, and lose only what numpy's own threads would gain, which are switched off anyway.
+they disturb nobody. What they lose is the gain of code that lets go of the interpreter, as some of zlib and numpy does.
 """
 
 from __future__ import annotations
