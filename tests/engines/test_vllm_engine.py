@@ -9,6 +9,8 @@ import asyncio
 import os
 import signal
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,16 @@ import pytest
 import torch
 
 from retool.config import LoraConfig
-from retool.engines.base import EngineError, Sampling
+from retool.engines.base import Completion, EngineError, Sampling
 from retool.engines.transformers_engine import TransformersEngine
 from retool.engines.vllm_adapter import Server
-from retool.engines.vllm_engine import ProbeMismatch, VllmEngine
+from retool.engines.vllm_engine import ProbeMismatch, VllmEngine, VllmSession
+from retool.engines.vllm_server import LocalServer
 from retool.engines.vllm_weights import lora_arguments
 from retool.lora import adapters, add_adapters
 from retool.recipe import load_recipe
 from retool.train import train
-from tests.engines.contract import WeightsContract, assert_went_through, ticks
+from tests.engines.contract import ATTEMPTS, WeightsContract, amid_update, ticks, turns_amid_updates
 from tests.engines.speakers import PROMPT, RESULT, STOP, TURN, encode
 from tests.engines.vllm_servers import LONG, Fleet, answers, model_of, python, start, tokenizer_of
 
@@ -155,18 +158,9 @@ async def test_reload_works_for_untied_embeddings(fleet: Fleet) -> None:
 
 async def test_eight_trajectories_survive_updates_in_flight(fleet: Fleet) -> None:
     engine, tok = fleet.engine("tags", context=LONG), tokenizer_of("tags")
-
-    async def one(i: int) -> Any:
-        session = await engine.open(encode(tok, PROMPT), seed=i)
-        return await session.generate(Sampling(200, temperature=1.0, min_tokens=200))
-
-    running = [asyncio.create_task(one(i)) for i in range(8)]
-    for version in (1, 2):
-        await ticks(engine, engine.stats()["ticks"] + 40)
-        await engine.sync(None, version)
-    said = await asyncio.gather(*running)
+    said, versions = await turns_amid_updates(engine, encode(tok, PROMPT), partial(engine.sync, None))
     assert all(len(c.ids) == 200 and c.finish == "length" for c in said)
-    assert_went_through(said, 2)
+    assert {c.versions[-1][1] for c in said} == {versions[-1]}
     await engine.close()
 
 
@@ -180,11 +174,7 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
         tok = tokenizer_of("tags")
         sessions = [await engine.open(encode(tok, PROMPT), seed=i) for i in range(4)]
         assert sorted(s.url for s in sessions) == sorted([own.url, fleet.server("tags").url] * 2)  # least loaded
-        lost = next(s for s in sessions if s.url == own.url)
-        turn = asyncio.create_task(lost.generate(Sampling(480, temperature=1.0, min_tokens=480)))
-        await ticks(engine, 1)
-        assert own._process is not None
-        os.killpg(own._process.pid, signal.SIGKILL)
+        lost, turn = await killed_amid(engine, own, sessions)
         with pytest.raises(EngineError):
             await turn
         await lost.close()
@@ -206,6 +196,31 @@ async def test_a_killed_server_costs_retries_only_and_comes_back_with_the_newest
         await engine.close()
     finally:
         await asyncio.to_thread(own.remove)
+
+
+async def killed_amid(
+    engine: VllmEngine, server: LocalServer, sessions: Sequence[VllmSession]
+) -> tuple[VllmSession, asyncio.Task[Completion]]:
+    """Kill `server` while it says a turn: it is stopped first, and goes on if all of the turn had been sent by then."""
+    assert server._process is not None
+    group = server._process.pid
+    lost = next(s for s in sessions if s.url == server.url)
+    for _ in range(ATTEMPTS):
+        branch = (await lost.fork(1))[0]
+        turn = asyncio.create_task(branch.generate(Sampling(480, temperature=1.0, min_tokens=480)))
+        await ticks(engine, engine.stats()["ticks"] + 1, [turn])
+        os.killpg(group, signal.SIGSTOP)
+        read = -1
+        while read < engine.stats()["ticks"]:  # what was sent before
+            read = engine.stats()["ticks"]
+            await asyncio.sleep(0.3)
+        if not turn.done():
+            os.killpg(group, signal.SIGKILL)
+            return branch, turn
+        os.killpg(group, signal.SIGCONT)
+        assert len((await turn).ids) == 480
+        await branch.close()
+    pytest.fail(f"in {ATTEMPTS} attempts the server was never stopped amid a turn")
 
 
 async def test_adapters_go_over_alone_and_say_what_the_learner_says(tmp_path: Path) -> None:
@@ -236,15 +251,14 @@ async def test_adapters_go_over_alone_and_say_what_the_learner_says(tmp_path: Pa
                 for layer in adapters(model).values():
                     layer.lora_B.add_(0.1 * torch.randn_like(layer.lora_B))
         assert len({c.ids for c in (said[0], said[1])}) == 2
-        running = asyncio.create_task(session_turn(engine, encode(tok, PROMPT)))
-        await ticks(engine, engine.stats()["ticks"] + 3)
-        await engine.sync(None, 9)
-        assert [v for _, v in (await running).versions] == [2, 9]
+        whole = Sampling(400, min_tokens=400)
+        turn, version = await amid_update(engine, encode(tok, PROMPT), whole, partial(engine.sync, None), first=9)
+        assert [v for _, v in turn.versions] in ([2, 9], [version - 1, version])
         assert own._process is not None  # a server that was lost starts from the base and gets the newest adapter
         os.killpg(own._process.pid, signal.SIGKILL)
         with pytest.raises(EngineError):
             await session_turn(engine, encode(tok, PROMPT))
-        assert (await session_turn(engine, encode(tok, PROMPT), 5)).versions == ((0, 9),)
+        assert (await session_turn(engine, encode(tok, PROMPT), 5)).versions == ((0, version),)
         assert engine.largest_gap <= 1e-4
         await ours.close()
         await engine.close()

@@ -30,7 +30,7 @@ from retool.engines.vllm_open import open_vllm
 from retool.lora import adapters, add_adapters
 from retool.recipe import load_recipe
 from retool.train import train
-from tests.engines.contract import assert_went_through, ticks
+from tests.engines.contract import turns_amid_updates
 from tests.engines.speakers import PROMPT, encode
 from tests.engines.vllm_servers import LONG, START_S, Fleet, answers, model_of, python, start, tokenizer_of
 
@@ -155,18 +155,13 @@ async def test_a_file_and_a_group_leave_the_same_weights(fleet: Fleet, kind: str
 async def test_trajectories_survive_updates_in_flight(fleet: Fleet) -> None:
     engine, tok = fleet.engine("tags", context=LONG, weight_sync="gloo"), tokenizer_of("tags")
 
-    async def one(i: int) -> Any:
-        session = await engine.open(encode(tok, PROMPT), seed=i)
-        return await session.generate(Sampling(200, temperature=1.0, min_tokens=200))
-
-    running = [asyncio.create_task(one(i)) for i in range(8)]
-    for version in (1, 2):
-        await ticks(engine, engine.stats()["ticks"] + 40)
+    async def update(version: int) -> None:
         moved(engine._model, version)
         await engine.sync(None, version)
-    turns = await asyncio.gather(*running)
+
+    turns, versions = await turns_amid_updates(engine, encode(tok, PROMPT), update)
     assert all(len(c.ids) == 200 and c.finish == "length" for c in turns)
-    assert_went_through(turns, 2)
+    assert {c.versions[-1][1] for c in turns} == {versions[-1]}
     assert engine.largest_gap <= 1e-4
     await engine.close()
 
