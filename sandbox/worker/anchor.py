@@ -9,13 +9,15 @@ but SIGKILL. The stream is the run's report: the supervisor holds the far end an
 ever comes is its end, and no anchor outlives the supervisor. It is a socket of this run alone, because user code can do
 to an anchor what it likes, and one that can be opened again, like a pipe in /proc, could be written to. `wait` does not
 find an anchor, because it sends no signal when it ends. A session has none.
+
+What code can write over is also the anchor's stack, so it can have it do what it wants. It is therefore made when the
+run's limits are set and its filters are in force, which it inherits.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import signal
 
 from sandbox.linux import syscalls as sys_
@@ -23,7 +25,6 @@ from sandbox.linux.calls import Calls
 
 _STACK = 64 * 1024
 _BUFFER = 4096
-_WALL = 0x40000000
 
 
 class Anchor:
@@ -42,16 +43,14 @@ class Anchor:
         self._deaf.add("rt_sigprocmask", signal.SIG_SETMASK, all_signals, before, 8)
         self._after.add("rt_sigprocmask", signal.SIG_SETMASK, before, 0, 8)
 
-    def drop(self) -> int:
-        """Start the anchor; its process id, or -1."""
+    def rehearse(self) -> None:
+        """In the child, while nobody waits: what `drop` writes to is then this process's own memory already."""
         self._deaf.perform()
-        try:
-            return sys_.clone_reader(self._top, self._stream)
-        finally:
-            self._after.perform()
+        sys_.clone_reader(ctypes.c_void_p(0), self._stream)  # libc refuses: there is no stack
+        self._after.perform()
 
-
-def lift(anchor: int) -> None:
-    """End an anchor, from the process that dropped it: a session has its memory to itself."""
-    sys_.kill_process(anchor)
-    os.waitpid(anchor, _WALL)
+    def drop(self) -> None:
+        """Start the anchor; a run that may not have one more process goes on without."""
+        self._deaf.perform()
+        sys_.clone_reader(self._top, self._stream)
+        self._after.perform()

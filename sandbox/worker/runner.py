@@ -22,7 +22,7 @@ from typing import Any
 
 from sandbox.linux.syscalls import kill_process
 from sandbox.worker import channel, files, session, stage
-from sandbox.worker.anchor import lift
+from sandbox.worker.anchor import Anchor
 from sandbox.worker.display import MAIN, describe, packed, rich_results, run_source
 
 JOB_HEADER = struct.Struct("!II")
@@ -133,16 +133,16 @@ def prepare(stand: stage.Stand) -> None:
     stage.flush_all(stand.stdout)
 
 
-def run(stand: stage.Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bool, anchor: int) -> None:
-    """Waits for the job and does it; never returns. `anchor`: process id, or -1."""
+def run(
+    stand: stage.Stand, job_fd: int, report_fd: int, base_bytes: int, filtered: bool, anchor: Anchor | None
+) -> None:
+    """Waits for the job and does it; never returns."""
     settings, code, stdin = read_job(job_fd)
     gc.freeze()  # what there is now is nothing that a collection in this process could free
     gc.enable()
     if settings.get("mode") == "session":
-        if anchor > 0:
-            lift(anchor)
         session.serve(stand, job_fd, report_fd, settings, base_bytes, filtered)
-    settings["processes"] += anchor > 0
+    settings["processes"] += anchor is not None
     _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # ignored until here
     if stdin:
         stage.provide_stdin(stdin)
@@ -152,6 +152,8 @@ def run(stand: stage.Stand, job_fd: int, report_fd: int, base_bytes: int, filter
     if settings["seed"]:  # the zygote has begun with 0
         stage.seed_all(settings["seed"])
     stage.apply_limits(settings, base_bytes, filtered)
+    if anchor is not None:
+        anchor.drop()  # not before: code can make it do anything, so it needs every limit and filter that there is
     folder = os.getcwd()  # noqa: PTH109
     shown: list[Any] = []
     display = b""

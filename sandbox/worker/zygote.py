@@ -150,9 +150,10 @@ class Zygote:
             if not self.jail.tier.namespaces:
                 stage.set_home(self.jail.workdir(ident))
             runner.prepare(self.stand)
-            anchor = self.anchor.drop() if self.anchor else -1
+            if self.anchor:
+                self.anchor.rehearse()
             os.write(REPORT, runner.READY_BYTE)
-            runner.run(self.stand, JOB, REPORT, self.base_bytes, self.jail.tier.seccomp, anchor)
+            runner.run(self.stand, JOB, REPORT, self.base_bytes, self.jail.tier.seccomp, self.anchor)
         except OSError as error:
             # Before the job arrived this is our failure; the supervisor reads it where it expects readiness.
             os.write(REPORT, f"F{error}".encode())

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sandbox import Limits, LocalSandbox, Status
-from sandbox.worker.jail import JOB, REPORT
+from sandbox.worker.jail import REPORT
 from tests.sandbox.conftest import processes
 
 OTHERS = "import os\nothers = [int(p) for p in os.listdir('/proc') if p.isdigit() and int(p) not in (1, os.getpid())]\n"
@@ -40,19 +40,17 @@ async def test_the_status_is_the_programs_own(first: str, end: str) -> None:
         assert (await box.exec("print(1)")).stdout == "1\n"
 
 
-async def test_every_ready_child_has_its_own() -> None:
+async def test_every_run_has_its_own_and_only_when_it_begins() -> None:
     """They start side by side: whatever they shared, one of them would write over."""
-    for _ in range(3):
-        async with LocalSandbox("py-bare", Limits(wall_s=10), workers=12, tier="ns") as box:
-            for _ in range(200):
-                stats = await box.stats()
-                if stats["ready"] == 12:
-                    break
-                await asyncio.sleep(0.1)
-            zygote = stats["zygote_pid"]
+    async with LocalSandbox("py-bare", Limits(wall_s=30), workers=12, tier="ns") as box:
+        for _ in range(3):
+            runs = [asyncio.ensure_future(box.exec("import time\ntime.sleep(2)\nprint(1)")) for _ in range(12)]
+            await asyncio.sleep(1.5)
+            zygote = (await box.stats())["zygote_pid"]
             alive = _children()
-            assert len(alive[zygote]) == 12
-            assert [len(alive.get(child, ())) for child in alive[zygote]] == [1] * 12
+            counts = sorted(len(alive.get(child, ())) for child in alive[zygote])
+            assert (counts.count(1), counts.count(0)) == (12, len(counts) - 12), counts
+            assert [(await run).stdout for run in runs] == ["1\n"] * 12
 
 
 def _children() -> dict[int, list[int]]:
@@ -90,12 +88,69 @@ async def test_it_holds_nothing_that_another_run_has() -> None:
         results = await asyncio.gather(box.exec(code), box.exec(code))
     rows = [[line.split() for line in result.stdout.splitlines()] for result in results]
     for found in rows:
-        assert [row[:2] for row in found] == [["0", "device"], ["1", "pipe"], ["2", "pipe"]] + [
-            [str(number), "socket"] for number in (JOB, REPORT)
-        ], results
-        assert [row[2] for row in found[3:]] == ["ENXIO", "ENXIO"]
+        kinds = [["0", "device"], ["1", "pipe"], ["2", "pipe"], [str(REPORT), "socket"]]
+        assert [row[:2] for row in found] == kinds, results
+        assert found[3][2] == "ENXIO"
     inodes = [{row[-1] for row in found[1:]} for found in rows]
-    assert len(inodes[0]) == len(inodes[1]) == 4 and not inodes[0] & inodes[1]
+    assert len(inodes[0]) == len(inodes[1]) == 3 and not inodes[0] & inodes[1]
+
+
+HIJACK = f"""
+import ctypes, mmap, os, socket, sys, time
+
+def hijack(program, data):
+    \"\"\"Have the anchor execute machine code, which is told where `data` lies.\"\"\"
+    frame = sys._getframe()
+    while not hasattr(frame.f_locals.get("self"), "anchor"):
+        frame = frame.f_back
+    stack = (ctypes.c_uint64 * 8192).from_buffer(frame.f_locals["self"].anchor._memory)
+    page = mmap.mmap(-1, 8192, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=7)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    code = program(address + 4096)
+    page[: len(code)], page[4096 : 4096 + len(data)] = code, data
+    read = ctypes.cast(ctypes.CDLL(None).read, ctypes.c_void_p).value
+    for index, word in enumerate(stack):
+        if abs(word - read) < 4 << 20:  # a way back into libc
+            stack[index] = address
+    report = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, fileno={REPORT})
+    report.shutdown(socket.SHUT_RD)  # it reads the end, and goes back
+    report.detach()
+    time.sleep(0.3)
+    return int.from_bytes(page[4096:4104], "little")
+"""
+FORKS = """
+def forty(counter):
+    again = bytes.fromhex("b839000000 0f05 85c0 740b 7803 49ff07 ffcb 75ec 9090")  # fork, count it, forty times
+    pause = bytes.fromhex("b822000000 0f05 ebf7")
+    return b"\\xbb" + (40).to_bytes(4, "little") + b"\\x49\\xbf" + counter.to_bytes(8, "little") + again + pause
+print(hijack(forty, bytes(8)))
+"""
+NO_TIME = """
+def lower(limit):
+    numbers = b"\\xb8" + (302).to_bytes(4, "little") + b"\\xbf" + os.getpid().to_bytes(4, "little")
+    call = bytes.fromhex("31f6 48ba") + limit.to_bytes(8, "little") + bytes.fromhex("4531d2 0f05")
+    return numbers + call + bytes.fromhex("b822000000 0f05 ebf7")  # prlimit64(we, RLIMIT_CPU, 0), and pause
+hijack(lower, bytes(16))
+end = time.process_time() + 0.1
+while time.process_time() < end: pass
+print("alive")
+"""
+x86 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="machine code")
+
+
+@x86
+async def test_it_has_the_limits_of_the_run() -> None:
+    """Code that takes it over gains nothing."""
+    async with LocalSandbox("py-bare", Limits(wall_s=10, processes=8), tier="ns") as box:
+        result = await box.exec(HIJACK + FORKS)
+        assert (result.status, result.stdout) == (Status.OK, "7\n"), result
+
+
+@x86
+async def test_it_cannot_make_the_runs_end_look_like_our_failure() -> None:
+    async with LocalSandbox("py-bare", Limits(wall_s=10), tier="ns") as box:
+        result = await box.exec(HIJACK + NO_TIME)
+        assert (result.status, result.stdout) == (Status.OK, "alive\n"), result
 
 
 async def test_a_session_has_none() -> None:
