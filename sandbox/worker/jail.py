@@ -27,7 +27,12 @@ JOB, REPORT = 512, 513
 answers. High, because descriptors are listed by the kernel up to the highest, and ordinary code opens low ones."""
 _SINK, _PROC, _RULES = 514, 515, 516  # kept open by the zygote for the calls below; the last count upwards
 _LAST = 0xFFFFFFFF
-_LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256), (resource.RLIMIT_MEMLOCK, 0))
+_LIMITS = (
+    (resource.RLIMIT_CORE, 0),
+    (resource.RLIMIT_NOFILE, 256),
+    (resource.RLIMIT_MEMLOCK, 0),
+    (resource.RLIMIT_SIGPENDING, 256),  # real-time signals; what the kernel user may have is shared with other runs
+)
 
 
 @dataclass(frozen=True)

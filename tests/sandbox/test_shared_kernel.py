@@ -5,6 +5,7 @@ ordinary code needs of it must still work."""
 from __future__ import annotations
 
 import asyncio
+import ctypes
 from collections.abc import AsyncIterator
 
 import pytest
@@ -142,6 +143,29 @@ time.sleep(1.5)
     neighbour = "import fcntl, os, time\ntime.sleep(0.7)\nprint(fcntl.fcntl(os.pipe()[1], fcntl.F_GETPIPE_SZ))"
     first, second = await asyncio.gather(box.exec(hog), box.exec(neighbour))
     assert (first.stdout, second.stdout) == ("0\n", "65536\n")
+
+
+QUEUE = """
+import os, signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [40])
+for _ in range({count}): os.kill(os.getpid(), 40)
+time.sleep({pause})
+count = 0
+while signal.sigtimedwait([40], 0): count += 1
+print(count)
+"""
+
+
+async def test_a_run_cannot_use_up_the_signals_that_may_wait(box: LocalSandbox) -> None:
+    """Where the user is the caller's too, the caller could make no timer any more: each needs room for a signal."""
+    hog = asyncio.ensure_future(box.exec(QUEUE.format(count=150_000, pause=2)))
+    await asyncio.sleep(1)
+    timer, libc = ctypes.c_void_p(), ctypes.CDLL(None)
+    assert libc.timer_create(1, None, ctypes.byref(timer)) == 0
+    libc.timer_delete(timer)
+    if box.tier == "ns":  # in `self` all runs together have what one may have
+        assert (await box.exec(QUEUE.format(count=100, pause=0))).stdout == "100\n"
+    assert 200 < int((await hog).stdout) <= 256
 
 
 async def test_nobody_waits_for_a_lease(box: LocalSandbox) -> None:
