@@ -73,7 +73,12 @@ class Job:
     @property
     def report_bytes(self) -> int:
         """The largest report that can be right."""
-        return _REPORT_BYTES + (paths.MAX_BYTES if self.fetch else 0) + (DISPLAY_BYTES if self.rich else 0)
+        return (
+            _REPORT_BYTES
+            + len(channel.WRITTEN)
+            + (paths.MAX_BYTES if self.fetch else 0)
+            + (DISPLAY_BYTES if self.rich else 0)
+        )
 
 
 def neighbours(unit: Unit) -> int:
@@ -106,6 +111,7 @@ class Run:
         self.unit, self.child, self.job = unit, child, job
         self._killed_for: Status | None = None
         self._crowded = False  # the disk was full before it began
+        self._began = not job.files  # its files are written: what it reports may be its code's word
         self._bound = False  # to one processor
         self._end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         limits = job.limits
@@ -170,7 +176,10 @@ class Run:
         status, cpu_us, rss_kib = child.exited.result()
         if self.pump.flooded and self._killed_for is None:
             self._killed_for = Status.OUTPUT_LIMIT
-        report, body = parse_frame(bytes(self.report.head))
+        said = bytes(self.report.head)
+        if self.job.files and said.startswith(channel.WRITTEN):
+            self._began, said = True, said[len(channel.WRITTEN) :]
+        report, body = parse_frame(said)
         ending = Ending(status, cpu_us, self._killed_for, report.get("exception"))
         if ending.unexplained:
             ending = ending.looked_into(ooms, child.group)
@@ -213,11 +222,11 @@ class Run:
 
     def _result(self, ending: Ending, usage: Usage, report: dict[str, Any], body: bytes) -> ExecResult:
         outcome = judge(ending, self.job.limits)
-        unwritten = report.get("unwritten")
+        unwritten = None if self._began else report.get("unwritten")
         failed = outcome.exception.message if outcome.exception and outcome.exception.type == "OSError" else ""
         if self._crowded and (isinstance(unwritten, str) or failed.startswith(_NO_ROOM)):
             raise SandboxInfraError("the disk that runs write to was full before this one began", "disk_full")
-        if self.job.files and isinstance(unwritten, str):
+        if isinstance(unwritten, str):
             outcome = Outcome(Status.REJECTED, attested=False)
             self.stderr.feed(f"files: {unwritten}"[:4096].encode("utf-8", "replace"))
         stdout, stderr = self.stdout.text(), self.stderr.text()

@@ -33,6 +33,10 @@ SLEEP = b"Z"
 DONE = b"D"
 """The answer to any command, on the report. JSON: `error` (code and message) when it failed."""
 
+WRITTEN = b"W"
+"""What a program's report begins with when it was given files: they are there, and its code begins. What comes later
+may be the code's word."""
+
 BORN, SETTLED = b"I", b"R"
 """What a copy says on its job socket, in this order. The kernel adds who it is."""
 UNSAFE, FAILED = b"U", b"F"

@@ -161,6 +161,8 @@ def run(
     if unwritten:
         channel.write_exactly(report_fd, channel.pack(channel.DONE, 0, {"unwritten": unwritten}))
         os._exit(0)
+    if settings.get("files"):
+        channel.write_exactly(report_fd, channel.WRITTEN)
     try:
         run_source(code, stand.names, stand.raw, MAIN, shown if settings.get("rich") else None)
         if settings.get("rich"):

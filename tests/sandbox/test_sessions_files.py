@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sandbox import FileInfo, Limits, LocalSandbox, SessionError, Status, paths
+from sandbox.worker.jail import REPORT
 from tests.sandbox.test_sessions import refused
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -157,6 +158,18 @@ async def test_one_shot_files(box: LocalSandbox) -> None:
         assert gone.files == {}
     conflict = await box.exec("print('ran')", files={"a": b"", "a/b": b""})
     assert (conflict.status, conflict.stdout) == (Status.REJECTED, "") and "a/b" in conflict.stderr
+
+
+@pytest.mark.parametrize("status", [0, 7])
+async def test_a_program_cannot_say_that_it_was_never_run(box: LocalSandbox, status: int) -> None:
+    code = f"""
+import json, os, struct
+head = json.dumps({{"unwritten": "a: no room"}}).encode()
+os.write({REPORT}, struct.pack("!cIII", b"D", 0, len(head), 0) + head)
+os._exit({status})
+"""
+    result = await box.exec(code, files={"a": b"x"}, fetch=["a"])
+    assert (result.exit_code, result.stderr, result.attested) == (status, "", True), result
 
 
 async def test_files_while_threads_write(box: LocalSandbox) -> None:
