@@ -13,6 +13,9 @@ from sandbox.server.replies import Refused
 
 MAX_BODY = 32 * 1024 * 1024
 """Bytes of the largest request."""
+MAX_VALUES = 200_000
+"""Values in the JSON of one request. Nobody is served while it is read, and 32 MiB of `[],` would take seconds and a
+GiB of memory."""
 BODY_TIMEOUT_S = 60.0
 """Seconds a client may take to send a request."""
 Model = TypeVar("Model", bound=BaseModel)
@@ -111,9 +114,25 @@ def _not_a_number(text: str) -> NoReturn:
 _JSON = json.JSONDecoder(parse_constant=_not_a_number)
 
 
+def _marks(body: bytes) -> int:
+    """Commas and opening brackets: at least as many as values but one. Deleting them is the quick way to count."""
+    return len(body) - len(body.translate(None, b",[{"))
+
+
+def _crowded(body: bytes) -> bool:
+    """Whether JSON holds more than `MAX_VALUES` values. Strings are left out of account: code is full of brackets."""
+    if _marks(body) <= MAX_VALUES:
+        return False
+    outside = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 2 * MAX_VALUES)[::2]
+    return _marks(b"".join(outside)) > MAX_VALUES
+
+
 async def read_json(request: Request) -> Any:
-    """The body as JSON. Raises `Refused` (422). Lone surrogates in escapes are kept: they are judged as text later."""
+    """The body as JSON. Raises `Refused` (413, 422). Lone surrogates in escapes are kept: they are judged as text
+    later."""
     body = await read_body(request)
+    if _crowded(body):
+        raise Refused(413, "too_large", f"the JSON of a request may hold {MAX_VALUES} values")
     try:
         return _JSON.decode(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -51,3 +51,14 @@ def test_a_server_whose_supervisor_hangs_answers_everything_and_is_not_healthy()
         ] * len(answers)
         assert http.post("/v1/exec", json=fields).json()["stdout"] == "1\n"
         assert http.get("/healthz").status_code == 200
+
+
+def test_a_body_of_very_many_values_is_not_read() -> None:
+    """Reading 30 MiB of them would hold up everybody for seconds and take a GiB."""
+    with served("--workers", "1") as server, server.client() as http:
+        for body in (b'{"items":[' + b"[]," * 1_000_000 + b"[]]}", b"[" + b'"",' * 1_000_000 + b'""]'):
+            for path in ("/v1/exec", "/v1/batch", "/v1/sessions", "/run_code"):
+                answer = http.post(path, content=body)
+                assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large"), answer.text
+        code = "x = '" + "[]," * 120_000 + "'; print(len(x), '\\\\\\\"')"
+        assert http.post("/v1/exec", json={"code": code}).json()["stdout"] == '360000 \\"\n'
