@@ -29,10 +29,10 @@ REASONS: dict[str, str] = {
     "it passes descriptors": ("recvmsg recvmmsg recvfrom shutdown getsockname getpeername getsockopt setsockopt"),
     "waiting": (
         "select pselect6 poll ppoll epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 eventfd "
-        "eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime pause nanosleep clock_nanosleep "
+        "eventfd2 signalfd signalfd4 timerfd_create timerfd_settime timerfd_gettime pause nanosleep "
         "futex futex_waitv restart_syscall"
     ),
-    "clocks, to read only": "time gettimeofday clock_gettime clock_getres times",
+    "clocks, to read only": "time gettimeofday times",
     "alarms to oneself; they bring SIGALRM only": "alarm getitimer setitimer",
     "handling signals": (
         "rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend rt_sigtimedwait sigaltstack"

@@ -55,6 +55,8 @@ _CHANGE_CALLS = (
     *("chmod", "fchmod", "fchmodat", "fchmodat2", "chown", "fchown", "lchown", "fchownat"),
     *("utime", "utimes", "futimesat", "utimensat"),
 )
+_CLOCK_CALLS = ("clock_gettime", "clock_getres", "clock_nanosleep")
+_OF_A_THREAD, _OWN_CLOCKS = 4, -8 & 0xFFFFFFFF  # a bit of negative clock numbers; process 0's, which is oneself
 _ATTRIBUTE_CALLS = ("getxattr", "lgetxattr", "fgetxattr", "listxattr", "llistxattr", "flistxattr")
 
 Rule = list[tuple[int, int, int, int]]
@@ -122,6 +124,10 @@ def _argument_rules(pid: int, deny_fork: bool, pidfds: bool) -> dict[str, Rule]:
     }
     # Landlock does not judge them, and they are not always as public as a file's size. Copying tools go on without.
     rules |= {name: [(_RET, 0, 0, _UNSUPPORTED)] for name in _ATTRIBUTE_CALLS}
+    # Below 0 are CPU clocks: the kernel lets everybody read every process's, and so watch what it does. Threads'
+    # clocks it keeps to their own process.
+    clock = [_arg(0), (_JGE, 0, 2, 1 << 31), (_JSET, 1, 0, _OF_A_THREAD), (_JGE, 0, 1, _OWN_CLOCKS), allow, deny]
+    rules |= dict.fromkeys(_CLOCK_CALLS, clock)
     rules["clone"] += [_arg(0), (_JSET, 0, 1, _CLONE_THREAD), allow, deny] if deny_fork else [allow]
     return rules
 

@@ -71,6 +71,8 @@ def test_another_processor_s_calls_end_the_process(machine: str) -> None:
 def test_calls_are_judged_by_their_arguments(machine: str) -> None:
     special = SPECIAL[machine]
     cases = [
+        *(("clock_gettime", (clock,), ALLOW) for clock in (0, 1, 11, -6, -2, (~PID << 3) | 6)),  # -6, -2: our own
+        *(("clock_nanosleep", (clock,), EPERM) for clock in ((~PID << 3) | 2, (~1 << 3) | 2, ~1 << 3, (~5 << 3) | 3)),
         ("clone", (0x11,), ALLOW),
         ("clone", (0x10000000 | 0x11,), EPERM),  # a user namespace
         ("clone", (0x100,), ALLOW),  # shared memory and no signal at the end: an anchor

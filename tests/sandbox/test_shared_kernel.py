@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import os
+import time
 from collections.abc import AsyncIterator
 
 import pytest
@@ -143,6 +145,24 @@ time.sleep(1.5)
     neighbour = "import fcntl, os, time\ntime.sleep(0.7)\nprint(fcntl.fcntl(os.pipe()[1], fcntl.F_GETPIPE_SZ))"
     first, second = await asyncio.gather(box.exec(hog), box.exec(neighbour))
     assert (first.stdout, second.stdout) == ("0\n", "65536\n")
+
+
+CLOCKS = """
+import threading, time
+print(*(time.clock_gettime(clock) > 0 for clock in (2, 3, -6, -2, time.pthread_getcpuclockid(threading.get_ident()))))
+time.clock_getres(-6); time.sleep(0)
+for call in (time.clock_gettime, time.clock_getres):
+    try: print(call((~{pid} << 3) | 2))
+    except OSError as error: print(error.errno)
+"""
+
+
+async def test_nobody_reads_the_clock_of_anothers_processor_time(box: LocalSandbox) -> None:
+    """The kernel tells everybody how much every process that they see has computed, to the nanosecond."""
+    own = (~os.getpid() << 3) | 2
+    assert time.clock_gettime(own) > 0
+    pid = 1 if box.tier == "ns" else os.getpid()
+    assert (await box.exec(CLOCKS.format(pid=pid))).stdout == "True True True True True\n1\n1\n"
 
 
 QUEUE = """
