@@ -57,6 +57,7 @@ _METADATA = """
 folder, path = told["folder"], told["folder"] + "/victim"
 attempt("change a mode outside", lambda: os.chmod(path, 0o600))
 attempt("change a time outside", lambda: os.utime(path, (1, 1)))
+attempt("let a device seem written to now", lambda: os.utime("/dev/null"))
 attempt("change an owner outside", lambda: os.chown(path, os.getuid(), os.getgid() + 0))
 attempt("set an attribute outside", lambda: os.setxattr(path, "user.battery", b"x"))
 attempt("list the attributes of a file outside", lambda: os.listxattr(path))
@@ -196,7 +197,7 @@ ATTACKS = (
     Attack("read outside", "#27 #28", _READ, known=dict.fromkeys(("ns", "uid", "self"), ("read this package",))),
     Attack("write outside", "#33", _WRITE),
     Attack("system files and devices", "#33 #51", _OWN_DATA, control=Control.NONE, why=_NO_HARM),
-    Attack("metadata outside", "own", _METADATA),
+    Attack("metadata outside", "own", _METADATA, known={"uid": ("let a device seem written to now",)}),
     Attack(
         "look around outside",
         "own",

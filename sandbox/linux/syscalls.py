@@ -96,9 +96,11 @@ class _MountAttr(ctypes.Structure):
     )
 
 
-def mount_readonly(target: str) -> None:
-    """Make the mount at `target` and everything mounted below it read-only, without setuid or devices (Linux 5.12)."""
-    attr = _MountAttr(ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV, 0, 0, 0)
+def mount_readonly(target: str, *, device: bool = False) -> None:
+    """Make the mount at `target` and everything mounted below it read-only, without setuid or devices (Linux 5.12).
+
+    A `device` can still be opened, and written to."""
+    attr = _MountAttr(ATTR_RDONLY | ATTR_NOSUID | (0 if device else ATTR_NODEV), 0, 0, 0)
     syscall(
         f"mount_setattr {target}",
         _NUMBERS[MACHINE]["mount_setattr"],

@@ -19,7 +19,8 @@ _USERS = "root:x:0:0:root:/:/bin/false\nsandbox:x:1000:1000:sandbox:/run/sandbox
 _GROUPS = "root:x:0:\nsandbox:x:1000:\n"
 
 
-def _bind(source: str, root: str, *, readonly: bool = True) -> None:
+def _bind(source: str, root: str, *, device: bool = False) -> None:
+    """Read-only, devices too: whoever may write to one could set its times, which everybody sees."""
     target = Path(root + source)
     if Path(source).is_dir():
         target.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -27,8 +28,7 @@ def _bind(source: str, root: str, *, readonly: bool = True) -> None:
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         target.touch()
     sys_.mount(source, str(target), "", sys_.MS_BIND | sys_.MS_REC)
-    if readonly:
-        sys_.mount_readonly(str(target))
+    sys_.mount_readonly(str(target), device=device)
 
 
 def _covered(path: str, others: list[str]) -> bool:
@@ -70,7 +70,7 @@ def build(python_paths: tuple[str, ...]) -> None:
             _bind(path, root)
     for path in DEVICES:
         if Path(path).exists():
-            _bind(path, root, readonly=False)
+            _bind(path, root, device=True)
     Path(root, "etc").mkdir(exist_ok=True)
     Path(root, "etc/passwd").write_text(_USERS)
     Path(root, "etc/group").write_text(_GROUPS)

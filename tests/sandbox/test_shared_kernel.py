@@ -9,11 +9,13 @@ import ctypes
 import os
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
 from sandbox import Limits, LocalSandbox
+from sandbox.worker import root
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -225,6 +227,29 @@ print(open("b").read())
 """
     copy = "copyfile" if box.tier == "self" else "copy2"  # times and modes cannot be set in tier `self`
     assert (await box.exec(code.replace("COPY", copy))).stdout == "95 95 95 95 95 95 text\n"
+
+
+DEVICES = """
+import os
+for name in ("null", "zero", "full", "random", "urandom"):
+    path = "/dev/" + name
+    try: os.utime(path); print("left a mark on", path)
+    except OSError: pass
+    with open(path, "rb") as file: assert len(file.read(1)) == (name != "null")
+with open("/dev/null", "wb") as file: file.write(b"x")
+print("done")
+"""
+
+
+async def test_devices_take_no_message_to_a_later_run(box: LocalSandbox) -> None:
+    """Whoever may write to a file may set its times to the present."""
+    before = _device_times()
+    assert (await box.exec(DEVICES)).stdout == "done\n"
+    assert before == _device_times()
+
+
+def _device_times() -> list[int]:
+    return [Path(path).stat().st_mtime_ns for path in root.DEVICES]
 
 
 LEAVE = """
