@@ -206,16 +206,17 @@ def _compile(pid: int, deny_fork: bool, pidfds: bool) -> bytes:
 _RLIMIT_NUMBERS = {"x86_64": (160, 302), "aarch64": (164, 261)}
 
 
-def build_cpu_limit_lock() -> bytes:
-    """A second, tiny filter that freezes RLIMIT_CPU, installed once the run's own limit is set.
+def build_limit_lock(kind: int) -> bytes:
+    """Another, tiny filter that freezes a resource limit, installed once the run's own is set.
 
-    Otherwise a program could lower it to die of a SIGKILL that looks like our machine's fault.
+    RLIMIT_CPU: a program could lower it to die of a SIGKILL that looks like our machine's fault. RLIMIT_NPROC: a
+    session's may be raised, for its copies, but not by its code.
     """
     setrlimit, prlimit = _RLIMIT_NUMBERS[MACHINE]
     program: Rule = [
         (_LD, 0, 0, 0),
-        *((_JEQ, 0, 4, setrlimit), _arg(0), (_JEQ, 0, 1, 0), (_RET, 0, 0, _DENY), (_RET, 0, 0, _ALLOW)),
-        *((_JEQ, 1, 0, prlimit), (_RET, 0, 0, _ALLOW), _arg(1), (_JEQ, 1, 0, 0), (_RET, 0, 0, _ALLOW)),
+        *((_JEQ, 0, 4, setrlimit), _arg(0), (_JEQ, 0, 1, kind), (_RET, 0, 0, _DENY), (_RET, 0, 0, _ALLOW)),
+        *((_JEQ, 1, 0, prlimit), (_RET, 0, 0, _ALLOW), _arg(1), (_JEQ, 1, 0, kind), (_RET, 0, 0, _ALLOW)),
         *(_arg(2), (_JEQ, 0, 3, 0), (_LD, 0, 0, 16 + 8 * 2 + 4), (_JEQ, 0, 1, 0), (_RET, 0, 0, _ALLOW)),
         (_RET, 0, 0, _DENY),
     ]

@@ -100,20 +100,22 @@ class Sessions:
                 raise SandboxInfraError("the ready child had ended", "lost_child") from None
             interpreter = Interpreter(child, pid)
             tree.add(interpreter)
-            self._begin(interpreter, limits, seed, unit)
+            self._begin(interpreter, tree, seed)
             session = LiveSession(secrets.token_hex(16), tree, interpreter, seed, self._admission)
             return self._admit(session, ttl_s)
         finally:
             self._opening -= 1
 
-    def _begin(self, interpreter: Interpreter, limits: Limits, seed: int, unit: Unit) -> None:
+    def _begin(self, interpreter: Interpreter, tree: Tree, seed: int) -> None:
         """Send the job that makes the child a session."""
+        limits, unit = tree.limits, tree.unit
         settings = {
             "mode": "session",
             "memory_mb": limits.memory_mb,
             "processes": limits.processes + neighbours(unit),
             "file_mb": limits.file_mb,
             "branches": 0 if unit.tier.deny_fork else MAX_MEMBERS,
+            "frozen": tree.allow(interpreter),
             "seed": seed,
             "stdin_size": 0,
         }

@@ -51,6 +51,7 @@ async def _copy(source: Interpreter, tree: Tree, seed: int | None, layer: bool) 
         "seed": seed,
         "processes": tree.processes + 1,
     }
+    tree.allow(source, tree.processes + 1)
     try:
         async with asyncio.timeout(FORK_S):
             return await _make(source, tree, place, fields)

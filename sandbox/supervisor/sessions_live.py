@@ -198,6 +198,8 @@ class LiveSession:
             fields["rich"] = True
         if self.tree.processes != self._processes:
             self._processes = fields["processes"] = self.tree.processes
+            if self.tree.copied:  # else it has just been given its limits
+                self.tree.allow(interpreter, self.tree.processes)
         cap = DISPLAY_BYTES if request.rich else 0
         data = request.code.encode() + stdin
         interpreter.send(channel.EXEC, fields or None, data, lambda *answer: self._answered(step, *answer), cap)

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+import resource
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
+from sandbox.linux import landlock
+from sandbox.linux.calls import number
+from sandbox.linux.syscalls import syscall
+from sandbox.supervisor.cores import pid_of
 from sandbox.supervisor.sessions_interpreter import Interpreter, Place
 from sandbox.supervisor.unit import Child, Unit
+from sandbox.tiers import Tier
 from sandbox.types import Limits, SandboxInfraError, SessionError
 
 MAX_MEMBERS = 256
 """Live interpreters of one tree, sleeping snapshots included."""
 _END_S = 10.0
+_SCOPED_SIGNALS = 6
+"""The version of Landlock from which on nobody confined can signal whom it does not confine."""
 
 
 class Tree:
@@ -87,6 +96,20 @@ class Tree:
         """What RLIMIT_NPROC of a member must be: it counts every process of the tree."""
         return self.limits.processes + max(0, len(self.members) - 1)
 
+    def allow(self, member: Interpreter, processes: int = 0) -> bool:
+        """Let a member have so many processes (0: as before); False where we may not. Then it does so itself, and so
+        may its code."""
+        try:
+            pid = pid_of(member.child.process)
+            with _real_user(self.user, self.unit.tier):
+                soft, hard = resource.prlimit(pid, resource.RLIMIT_NPROC)
+                if processes:
+                    soft = processes if hard < 0 else min(processes, hard)
+                    resource.prlimit(pid, resource.RLIMIT_NPROC, (soft, hard))
+        except (OSError, ValueError):
+            return False
+        return True
+
     def holds(self, pid: int) -> bool:
         """Whether a process is of this tree and a child of the zygote. Raises `OSError` when it cannot be told."""
         user, parent = owner_and_parent(pid)
@@ -150,6 +173,29 @@ def _close_streams(child: Child) -> None:
         if fd >= 0:
             os.close(fd)
             setattr(child, name, -1)
+
+
+@contextlib.contextmanager
+def _real_user(uid: int, tier: Tier) -> Iterator[None]:
+    """For root without CAP_SYS_RESOURCE: whose real ids are those of a process may set its limits.
+
+    And be sent its signals, which is why this is done only where its code can name no process outside.
+    """
+    if os.geteuid() != 0 or not (tier.namespaces or landlock.abi() >= _SCOPED_SIGNALS):
+        yield
+        return
+    _set_real("setresgid", uid)
+    try:
+        _set_real("setresuid", uid)
+        yield
+    finally:
+        _set_real("setresuid", 0)
+        _set_real("setresgid", 0)
+
+
+def _set_real(call: str, ident: int) -> None:
+    """Of this thread alone, unlike `os.setresuid`, which waits until every thread of the process has done the same."""
+    syscall(call, number(call), ctypes.c_int(ident), ctypes.c_int(-1), ctypes.c_int(-1))
 
 
 def leads(pid: int) -> bool:

@@ -20,7 +20,8 @@ from sandbox.linux import seccomp
 from sandbox.linux.syscalls import SUPPORTED
 from sandbox.worker.display import MAIN
 
-CPU_LIMIT_LOCK = seccomp.build_cpu_limit_lock() if SUPPORTED else b""
+CPU_LIMIT_LOCK = seccomp.build_limit_lock(resource.RLIMIT_CPU) if SUPPORTED else b""
+_PROCESS_LIMIT_LOCK = seccomp.build_limit_lock(resource.RLIMIT_NPROC) if SUPPORTED else b""
 _MIB = 1024 * 1024
 _RESERVE = 32 * _MIB  # address space kept back so that a MemoryError can still be described
 
@@ -138,7 +139,7 @@ def apply_limits(settings: dict[str, Any], base_bytes: int, filtered: bool) -> N
     """Set the limits; memory counts from what the warm interpreter already maps.
 
     Without `cpu_s` there is no limit of CPU time; either way nobody changes it any more. `branches`: processes beyond
-    `processes` that copies of this interpreter may take.
+    `processes` that copies of this interpreter may take; `frozen`: it is the supervisor that allows them.
     """
     memory = base_bytes + settings["memory_mb"] * _MIB
     lower(resource.RLIMIT_AS, memory, memory + _RESERVE)
@@ -149,6 +150,8 @@ def apply_limits(settings: dict[str, Any], base_bytes: int, filtered: bool) -> N
         lower(resource.RLIMIT_CPU, used + settings["cpu_s"], used + settings["cpu_s"] + 1)
     if filtered:
         seccomp.install(CPU_LIMIT_LOCK)
+        if settings.get("frozen"):
+            seccomp.install(_PROCESS_LIMIT_LOCK)
 
 
 @contextlib.contextmanager

@@ -123,7 +123,7 @@ def alive(made: Interpreter, slots: Slots, copied: bool) -> LiveSession:
     """A session that has this interpreter."""
     unit = SimpleNamespace(settings=SimpleNamespace(profile="py-bare"), tier=SimpleNamespace(name="ns"))
     tree: Any = SimpleNamespace(
-        limits=Limits(), unit=unit, processes=1, copied=copied, root=SimpleNamespace(group=None)
+        limits=Limits(), unit=unit, processes=1, copied=copied, root=SimpleNamespace(group=None), allow=lambda *_: True
     )
     counts: Counter[str] = Counter()
     return LiveSession("", tree, made, 0, Admission(slots, lambda name: counts.update([name])))
@@ -411,3 +411,38 @@ async def test_names_of_files_may_be_long(box: LocalSandbox) -> None:
         await said(session, "import os\n" + long + "  open(folder + b'/%d' % n, 'w').close()")
         found = await session.list_files()
         assert len(found) == 300 and all(info.path.startswith("\udcff" * 250 + "/") for info in found)
+
+
+MORE_PROCESSES = """
+import os, resource, time
+hard = resource.getrlimit(resource.RLIMIT_NPROC)[1]
+try: resource.setrlimit(resource.RLIMIT_NPROC, (hard, hard))
+except ValueError: pass  # what Python makes of EPERM
+made = []
+try:
+    while len(made) < 40:
+        made.append(os.fork())
+        if not made[-1]:
+            time.sleep(30)
+            os._exit(0)
+except BlockingIOError: pass
+for child in made:
+    os.kill(child, 15)
+    os.waitpid(child, 0)
+len(made)
+"""
+
+
+async def test_what_copies_may_take_is_not_for_the_code_of_a_session() -> None:
+    """The kernel counts a session's copies as processes of its own; their places are nobody's else."""
+    async with LocalSandbox("py-bare", Limits(wall_s=20, processes=8), workers=2) as box, box.session() as session:
+        assert (await session.exec(MORE_PROCESSES)).stdout == "7\n"
+        copies = await session.fork(3)
+        snapshot = await session.snapshot()
+        inner = (await copies[0].fork())[0]
+        for member in (session, *copies, inner):
+            assert (await member.exec(MORE_PROCESSES)).stdout == "7\n"
+        for copy in copies:
+            await copy.close()
+        await session.restore(snapshot)
+        assert (await session.exec(MORE_PROCESSES)).stdout == "7\n"
