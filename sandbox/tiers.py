@@ -30,7 +30,7 @@ PROPERTIES = {
     "kernel": "system calls are filtered by an allowlist",
     "separation": "each run has an identity of its own: user id or namespaces, so that runs cannot reach each other",
     "fork": "code may start processes, and live sessions can be copied",
-    "private_root": "no path of the host is visible, metadata included; /proc shows the run's own processes only",
+    "private_root": "no file of the host is visible, metadata included; /proc shows the run's own processes only",
     "total_disk": "all files of a run together are limited",
     "total_memory": "the memory of all processes of a run together is limited",
 }
