@@ -268,7 +268,7 @@ class LiveSession:
         elif exception is not None:
             status = Status.MEMORY_LIMIT if exception.type == "MemoryError" else Status.ERROR
             outcome = Outcome(status, exception, attested=False)
-        elif isinstance(code, int) and 0 < code <= 255:
+        elif type(code) is int and 0 < code <= 255:  # not True
             outcome = Outcome(Status.EXIT, exit_code=code, attested=False)
         rss = fields.get("rss")
         rss_kib = rss if isinstance(rss, int) and 0 <= rss < _RSS_MAX else 0

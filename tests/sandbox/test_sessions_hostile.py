@@ -446,3 +446,15 @@ async def test_what_copies_may_take_is_not_for_the_code_of_a_session() -> None:
             await copy.close()
         await session.restore(snapshot)
         assert (await session.exec(MORE_PROCESSES)).stdout == "7\n"
+
+
+async def test_an_exit_code_is_a_number(box: LocalSandbox) -> None:
+    forge = """
+import sys
+frame = sys._getframe()
+while "answer" not in frame.f_locals: frame = frame.f_back
+frame.f_locals["answer"]["exit_code"] = True
+"""
+    async with box.session() as session:
+        result = await session.exec(forge)
+        assert result.status is Status.OK and type(result.exit_code) is int, result
