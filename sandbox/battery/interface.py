@@ -239,7 +239,8 @@ for _ in range(40):  # the anchor of the run before may be about to die
     found = fcntl.fcntl(mine, fcntl.F_OFD_GETLK, struct.pack("hhqqi4x", fcntl.F_WRLCK, 0, 1000, 7, 0))
     try:
         fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        held = struct.unpack_from("h", found)[0] != fcntl.F_UNLCK
+        kind, _, start, _ = struct.unpack_from("hhqq", found)
+        held = kind != fcntl.F_UNLCK and start == 1000  # the host's own programs lock theirs: dockerd, all of it
     except BlockingIOError:
         held = True
     if not held:
