@@ -23,7 +23,7 @@ from sandbox.results import encode_error
 from sandbox.supervisor import cgroups, folders
 from sandbox.supervisor.admission import Admission as Slots
 from sandbox.supervisor.cgroups import Groups
-from sandbox.supervisor.idempotency import IdempotencyStore
+from sandbox.supervisor.idempotency import IdempotencyStore, content
 from sandbox.supervisor.outcome import digest
 from sandbox.supervisor.pool import Pool, uids_needed
 from sandbox.supervisor.pools import Pools
@@ -204,11 +204,15 @@ class Service:
         key = request.get("key")
         if key is None:
             return (await self._execute(request, handle))[0]
-        earlier = self._idempotency.find(key)
+        asked = content(request)
+        try:
+            earlier = self._idempotency.find(key, asked)
+        except SandboxInfraError as conflict:
+            return error_reply(conflict)
         if earlier is not None:
             self.counts["idempotent_hits"] += 1
             return await asyncio.shield(earlier)
-        self._idempotency.begin(key)
+        self._idempotency.begin(key, asked)
         reply: dict[str, Any] = error_reply(SandboxInfraError("the request was dropped", "shutdown"))
         size = 0
         try:
