@@ -34,6 +34,9 @@ WRONG: dict[str, Callable[[Any, Any], Any]] = {
     "text as a seed": lambda b, s: b.exec("1", seed="1"),
     "key": lambda b, s: b.exec("1", idempotency_key=7),
     "files": lambda b, s: b.exec("1", files={"x": "text"}),
+    "a list of files": lambda b, s: b.exec("1", files=["x"]),
+    "nothing to fetch": lambda b, s: b.exec("1", fetch=None),
+    "fetch a number": lambda b, s: b.exec("1", fetch=7),
     "fetch": lambda b, s: b.exec("1", fetch="name"),
     "deadline": lambda b, s: b.exec("1", deadline_s="1"),
     "endless deadline": lambda b, s: b.exec("1", deadline_s=float("inf")),
@@ -117,3 +120,16 @@ async def test_a_sandbox_is_made_with_limits_and_a_profile_that_exist() -> None:
         for make in (LocalSandbox, lambda **given: RemoteSandbox("http://127.0.0.1:1", **given)):
             with pytest.raises(ValueError, match=r"limits|profile|memory_mb"):
                 make(**wrong)  # type: ignore[operator]
+
+
+async def test_what_is_no_profile_and_no_list_of_properties_is_refused() -> None:
+    for wrong, said in (
+        ({"profile": None}, "unknown profile 'None'"),
+        ({"profile": 5}, "unknown profile '5'"),
+        ({"require": "files"}, "require is a list of properties, not 'files'"),
+        ({"require": None}, "require is a list"),
+        ({"require": [5]}, "unknown properties 5"),
+        ({"require": ["file"]}, "unknown properties file"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LocalSandbox(**wrong)  # type: ignore[arg-type]
