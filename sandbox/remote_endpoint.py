@@ -39,6 +39,9 @@ class LostRequest(SandboxUnavailable):
         super().__init__(message)
         self.sent, self.late, self.server = sent, late, server
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_server(super().__reduce__())
+
 
 class Nonsense(SandboxProtocolError):
     """An answer that is none of ours: a proxy's page, another program's JSON. Another server may give a proper one."""
@@ -47,7 +50,15 @@ class Nonsense(SandboxProtocolError):
 
     def __init__(self, message: str, server: Endpoint) -> None:
         super().__init__(message)
-        self.server = server
+        self.server: Endpoint | None = server
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_server(super().__reduce__())
+
+
+def _without_server(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Connections stay in their process."""
+    return *reduced[:-1], {**reduced[-1], "server": None}
 
 
 @dataclass(frozen=True)
