@@ -18,6 +18,7 @@ from rich.markup import escape
 from retool import __version__
 from retool.console import console, errors
 from retool.errors import UserError
+from sandbox.arguments import MAX_REQUEST
 from sandbox.types import ConfinementUnavailable, Limits, SandboxError
 
 app = typer.Typer(
@@ -245,8 +246,13 @@ def sandbox_run(
 
 def _standard_input() -> str:
     """All of it, without the mark that some editors put at a file's beginning."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed: pipe the code in, or give it as an argument")
+    data = sys.stdin.buffer.read(MAX_REQUEST + 1)  # it may never end
+    if len(data) > MAX_REQUEST:
+        raise UserError(f"standard input: more than {MAX_REQUEST} bytes, the most that the sandbox takes at once")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except ValueError:
         raise UserError("standard input is not UTF-8") from None
 

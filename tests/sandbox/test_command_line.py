@@ -79,3 +79,19 @@ def test_what_was_rejected_ends_its_line() -> None:
     done = sandbox("run", "-", input="#" * (2 << 20))
     assert done.returncode == 1 and done.stderr.startswith("code of")
     assert done.stderr.splitlines()[1].startswith("rejected")
+
+
+def test_closed_standard_streams_are_no_traceback() -> None:
+    done = sandbox("run", "-", preexec_fn=lambda: os.close(0))
+    assert done.returncode == 2 and "standard input is closed" in done.stderr, done.stderr
+    done = sandbox("run", "print(1)", "--profile", "py-bare", preexec_fn=lambda: os.close(1))
+    assert done.returncode == 1 and done.stderr == "the output cannot be written: it is closed\n"
+    done = sandbox("run", "x = 1", "--profile", "py-bare", preexec_fn=lambda: os.closerange(0, 3))
+    assert done.returncode == 0
+
+
+def test_standard_input_that_never_ends_is_refused() -> None:
+    with Path("/dev/zero").open() as zeros:
+        done = sandbox("run", "-", stdin=zeros)
+    assert done.returncode == 2 and "standard input: more than 33554432 bytes" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
