@@ -19,6 +19,7 @@ from retool import __version__
 from retool.console import console, errors
 from retool.errors import UserError
 from sandbox.arguments import MAX_REQUEST
+from sandbox.loops import keep_standard_streams
 from sandbox.types import ConfinementUnavailable, Limits, SandboxError
 
 app = typer.Typer(
@@ -396,6 +397,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Entry point: maps errors to exit codes."""
+    keep_standard_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.append(str(Path.cwd()))  # a recipe may name a reward or a preset of the user's own, `module:name`
     try:
