@@ -103,6 +103,7 @@ def test_a_token_is_needed_and_goes_nowhere(tmp_path: Path) -> None:
         (["--require", "bogus"], {}, "bogus"),
         (["--host", "256.1.1.1", "--token-file", "TOKENS"], {}, "256.1.1.1"),
         (["--uds", "/no/such/folder/socket"], {}, "/no/such/folder/socket"),
+        (["--uds", "TOKENS"], {}, "something else that is no socket"),
         (["--wall", "10", "--max-wall", "5"], {}, "exceed"),
     ],
 )
