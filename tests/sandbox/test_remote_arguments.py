@@ -133,3 +133,24 @@ async def test_what_is_no_profile_and_no_list_of_properties_is_refused() -> None
     ):
         with pytest.raises(ValueError, match=said):
             LocalSandbox(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("urls", "token", "said"),
+    [
+        (None, None, "sandbox URL None: write"),
+        (5, None, "sandbox URL 5: write"),
+        ([b"http://h"], None, "write http"),
+        ([], None, "at least one URL"),
+        ("127.0.0.1:8080", None, "'127.0.0.1:8080': write"),
+        ("http://127.0.0.1:99999", None, "'http://127.0.0.1:99999': write"),
+        ("http://[::1", None, "write http"),
+        ("unix:", None, "write http"),
+        ("http://name:word@127.0.0.1:1", "token", "user name and a token"),
+        ("http://127.0.0.1:1", "from a file\n", "the token holds"),
+        ("http://127.0.0.1:1", b"token", "the token holds"),
+    ],
+)
+async def test_what_is_no_address_or_no_token_is_said_when_it_is_given(urls: Any, token: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RemoteSandbox(urls, token=token)
