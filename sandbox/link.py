@@ -149,9 +149,14 @@ class Link:
         `left` is then told of the reply that is still to come.
 
         Raises `SandboxUnavailable` when the supervisor dies or hangs, and the error that the reply holds.
+        `RuntimeError` in another event loop than the one that it was opened in.
         """
         if self.dead:
             raise SandboxUnavailable("the sandbox supervisor died")
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "this sandbox was opened in another event loop: open one in each loop, and close it there"
+            )
         ident = next(self._ids)
         message["id"] = ident
         future = self._loop.create_future()
@@ -183,7 +188,10 @@ class Link:
         self.dead = True
         if self._watch is not None:
             self._watch.cancel()
-        if self._transport is not None:
+        if self._transport is not None and self._loop.is_closed():  # nobody waits any more, and it can tell nobody
+            self.pending.clear()
+            self.near.close()
+        elif self._transport is not None:
             self._transport.close()
         else:
             self.near.close()
