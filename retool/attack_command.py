@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 from collections import Counter, defaultdict
-from contextlib import nullcontext
+from contextlib import aclosing, nullcontext
 from dataclasses import asdict
 
 from rich.markup import escape
@@ -33,11 +33,12 @@ async def _collect(only: str, tier: str | None, quiet: bool) -> tuple[str, list[
     rows: list[Row] = []
     used = ""
     with nullcontext() if quiet else bar("attacks", len(attacks)) as progress:
-        async for found, row in run_battery(attacks, tier):
-            used = found
-            rows.append(row)
-            if progress is not None:
-                progress.update(len(rows), row.name)
+        async with aclosing(run_battery(attacks, tier)) as battery:  # ended here, whatever stops us
+            async for found, row in battery:
+                used = found
+                rows.append(row)
+                if progress is not None:
+                    progress.update(len(rows), row.name)
     return used, rows
 
 

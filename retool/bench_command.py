@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -84,6 +86,18 @@ def _check(output: Path) -> None:
         raise UserError(f"--output {output}: {error.strerror or error}") from None
 
 
+def _check_other(url: str) -> None:
+    """Before minutes of measuring. Raises `UserError` where no other server runs code."""
+    body = json.dumps({"code": "print(1)", "language": "python"}).encode()
+    headers = {"Content-Type": "application/json"}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(f"{url}/run_code", body, headers), timeout=60) as answer:
+            json.loads(answer.read())["status"]
+    except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
+        raise UserError(f"--vs {url}: no server with SandboxFusion's API answers there ({error!r:.200})") from None
+
+
 def bench(
     seconds: float,
     tier: str | None,
@@ -102,15 +116,16 @@ def bench(
         for value in values:
             if value not in known[name]:
                 raise UserError(f"--{name} {value!r}: choose from {', '.join(known[name])}")
-    if versus and not versus.startswith(("http://", "https://")):
-        raise UserError(f"--vs {versus!r}: write a URL, e.g. http://127.0.0.1:8080")
+    if versus and not versus.startswith("http://"):
+        raise UserError(f"--vs {versus!r}: write a URL without TLS, e.g. http://127.0.0.1:8080")
     if versus and parts and "http" not in parts:
         raise UserError("--vs is measured with --part http")
     if output is not None:
         _check(output)
-    options = Options(
-        seconds, tier, tuple(profiles) or Options.profiles, versus.rstrip("/"), tuple(parts) or Options.parts, quick
-    )
+    versus = versus.rstrip("/")
+    if versus:
+        _check_other(versus)
+    options = Options(seconds, tier, tuple(profiles) or Options.profiles, versus, tuple(parts) or Options.parts, quick)
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:  # a client that costs little, as the server
             report = runner.run(measure(options, lambda what: console.print(f"measuring {what} …", style="dim")))

@@ -7,8 +7,11 @@ Bad input ends with one clear line and exit code 2, a failure of ours with exit 
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
+import select
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +21,8 @@ from rich.markup import escape
 from retool import __version__
 from retool.console import console, errors
 from retool.errors import UserError
+from sandbox.arguments import MAX_REQUEST
+from sandbox.loops import keep_standard_streams
 from sandbox.types import ConfinementUnavailable, Limits, SandboxError
 
 app = typer.Typer(
@@ -245,8 +250,13 @@ def sandbox_run(
 
 def _standard_input() -> str:
     """All of it, without the mark that some editors put at a file's beginning."""
+    if sys.stdin is None:
+        raise UserError("standard input is closed: pipe the code in, or give it as an argument")
+    data = sys.stdin.buffer.read(MAX_REQUEST + 1)  # it may never end
+    if len(data) > MAX_REQUEST:
+        raise UserError(f"standard input: more than {MAX_REQUEST} bytes, the most that the sandbox takes at once")
     try:
-        return sys.stdin.buffer.read().decode("utf-8-sig")
+        return data.decode("utf-8-sig")
     except ValueError:
         raise UserError("standard input is not UTF-8") from None
 
@@ -390,22 +400,35 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 def main() -> None:
     """Entry point: maps errors to exit codes."""
+    keep_standard_streams()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.path.append(str(Path.cwd()))  # a recipe may name a reward or a preset of the user's own, `module:name`
+    with suppress(OSError):  # a folder that was deleted holds none
+        sys.path.append(str(Path.cwd()))  # a recipe may name a reward or a preset of the user's own, `module:name`
     try:
         app()
     except (UserError, ConfinementUnavailable) as e:
         _fail(e, 2)
+    except KeyboardInterrupt:
+        errors.print("interrupted")
+        raise SystemExit(130) from None
+    except OSError as e:
+        if not (full := e.errno in (errno.ENOSPC, errno.EDQUOT)) and not (e.errno == errno.EPIPE and _nobody_reads()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left in the buffer of our output goes there
+        if full:
+            _fail(e, 1)
+        raise SystemExit(1) from None  # whoever read our output has seen enough
     except Exception as e:
         if not isinstance(e, _our_failures()):
             raise
         _fail(e, 1)
-    except KeyboardInterrupt:
-        errors.print("interrupted")
-        raise SystemExit(130) from None
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    output = select.poll()
+    output.register(1, 0)
+    return bool(output.poll(0))
 
 
 def _our_failures() -> tuple[type[Exception], ...]:

@@ -34,6 +34,11 @@ def run_code(code: str, profile: str, wall: float, memory: int) -> int:
 
 def _write(stream: Any, text: str) -> None:
     """All of it, as far as the terminal can show it. Ends the command where nobody takes it."""
+    if stream is None:  # it was closed when we started
+        if text:
+            errors.print("the output cannot be written: it is closed")
+            raise SystemExit(1)
+        return
     stream.reconfigure(errors="backslashreplace")
     try:
         stream.write(text)

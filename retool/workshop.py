@@ -42,7 +42,10 @@ def make_sandbox(config: SandboxConfig) -> LocalSandbox | RemoteSandbox | Docker
         token = os.environ.get(config.token_env) if config.token_env is not None else None
         if config.token_env is not None and not token:
             raise UserError(f"sandbox.token_env: the environment has no variable {config.token_env}, or an empty one")
-        return RemoteSandbox(addresses(config.urls), token=token, profile=config.profile, limits=limits)
+        try:
+            return RemoteSandbox(addresses(config.urls), token=token, profile=config.profile, limits=limits)
+        except ValueError as error:
+            raise UserError(f"sandbox, of the recipe: {error}") from None
     if config.kind == "docker":
         return DockerSandbox(
             config.image,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sandbox import paths
@@ -55,6 +55,8 @@ def check_program(code: str, stdin: str, limits: Limits | None, files: Mapping[s
     if not isinstance(code, str) or not isinstance(stdin, str):
         raise ValueError(f"code and stdin are text, not {type(code).__name__} and {type(stdin).__name__}")
     check_limits(limits)
+    if files is not None and not isinstance(files, Mapping):
+        raise ValueError(f"files are bytes by path, not {type(files).__name__}")
     data = 0
     for path, content in files.items() if files else ():
         if not isinstance(path, str) or not isinstance(content, bytes | bytearray | memoryview):
@@ -79,7 +81,7 @@ def check_options(
     check_profile_name(profile)
     if key is not None and not isinstance(key, str):
         raise ValueError(f"idempotency_key is text, not {type(key).__name__}")
-    if fetch and (isinstance(fetch, str) or not all(isinstance(path, str) for path in fetch)):
+    if not _is_texts(fetch):
         raise ValueError(f"fetch is a list of paths, not {fetch!r:.100}")
     if deadline_s is not None and not (_is_number(deadline_s) and deadline_s < math.inf):
         raise ValueError(f"deadline_s must be a finite number of seconds, or None, not {deadline_s!r:.100}")
@@ -135,6 +137,10 @@ def check_file(path: str, data: bytes) -> None:
         raise ValueError(f"a file's content is bytes, not {type(data).__name__}")
     if len(data) > paths.MAX_BYTES:
         raise SessionError(f"{len(data)} bytes; a file has at most {paths.MAX_BYTES}", "too_large")
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(each, str) for each in value)
 
 
 def _is_number(value: Any) -> bool:

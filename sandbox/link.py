@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,12 @@ PINGS = 8
 process is suspended, or its loop is blocked, it sends none."""
 START_PINGS = 30
 """The same before its first word: a machine that is busy may take a while to load it."""
+
+
+def _seen(late: asyncio.Future[dict[str, Any]]) -> None:
+    """Nobody need look at how it ended."""
+    if not late.cancelled():
+        late.exception()
 
 
 class Link:
@@ -132,13 +139,24 @@ class Link:
         """Queue a message for the supervisor that needs no answer, or whose answer is awaited already."""
         self._frames.send(message)
 
-    async def ask(self, message: dict[str, Any], cancel: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Send a request and wait for its reply. `cancel`: what to send when the caller does not want it any more.
+    async def ask(
+        self,
+        message: dict[str, Any],
+        cancel: dict[str, Any] | None = None,
+        left: Callable[[asyncio.Future[dict[str, Any]]], None] | None = None,
+    ) -> dict[str, Any]:
+        """Send a request and wait for its reply. `cancel`: what to send when the caller does not want it any more;
+        `left` is then told of the reply that is still to come.
 
         Raises `SandboxUnavailable` when the supervisor dies or hangs, and the error that the reply holds.
+        `RuntimeError` in another event loop than the one that it was opened in.
         """
         if self.dead:
             raise SandboxUnavailable("the sandbox supervisor died")
+        if self._loop is not asyncio.get_running_loop():
+            raise RuntimeError(
+                "this sandbox was opened in another event loop: open one in each loop, and close it there"
+            )
         ident = next(self._ids)
         message["id"] = ident
         future = self._loop.create_future()
@@ -150,11 +168,17 @@ class Link:
             self._frames.send(message)
             reply: dict[str, Any] = await future
         except asyncio.CancelledError:
+            self.pending.pop(ident, None)
             if cancel is not None and not self.dead:
                 self._frames.send({"id": next(self._ids), "target": ident, **cancel})
+                if left is not None and future.cancelled():  # else it has come already
+                    self.pending[ident] = late = self._loop.create_future()
+                    late.add_done_callback(_seen)
+                    left(late)
             raise
-        finally:
+        except BaseException:
             self.pending.pop(ident, None)
+            raise
         if "error" in reply:
             raise decode_error(reply["error"])
         return reply
@@ -164,7 +188,10 @@ class Link:
         self.dead = True
         if self._watch is not None:
             self._watch.cancel()
-        if self._transport is not None:
+        if self._transport is not None and self._loop.is_closed():  # nobody waits any more, and it can tell nobody
+            self.pending.clear()
+            self.near.close()
+        elif self._transport is not None:
             self._transport.close()
         else:
             self.near.close()

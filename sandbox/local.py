@@ -46,7 +46,7 @@ def module_paths(profiles: Sequence[str]) -> tuple[str, ...]:
 
 def check_profile(profile: str, installed: Sequence[str]) -> None:
     """Raises `ValueError` for an unknown profile, `SandboxError` for one whose modules are missing."""
-    check_profile_name(profile)
+    check_profile_name(str(profile))
     if profile != AUTO and profile not in installed:
         missing = [name for name in PROFILES[profile].modules if importlib.util.find_spec(name) is None]
         raise SandboxError(f"profile {profile} needs modules that are not installed: pip install {' '.join(missing)}")

@@ -41,7 +41,8 @@ async def _close(link: Link, asking: asyncio.Future[dict[str, Any]]) -> None:
 
 
 class LocalSession:
-    """See `Session`. A handle may be used by several tasks; two executions at once are `busy`.
+    """See `Session`. A handle may be used by several tasks; two executions at once are `busy`. A cancelled `exec` is
+    interrupted, unless `expect_step` says that somebody may come back for it; later calls wait until it has ended.
 
     It belongs to one supervisor: when that dies, calls under way raise `SandboxUnavailable` and later ones
     `SessionError(session_ended)`.
@@ -52,6 +53,7 @@ class LocalSession:
         self.id: str = opened["session"]
         self.ttl_s: float = opened["ttl_s"]
         """Seconds that the lease lasts from each call."""
+        self._cancelled: asyncio.Future[dict[str, Any]] | None = None
 
     async def __aenter__(self) -> Self:
         return self
@@ -65,9 +67,24 @@ class LocalSession:
         if self._link.dead:
             raise SessionError("the session has ended: the supervisor that held it has gone", "session_ended")
 
+    def _left(self, late: asyncio.Future[dict[str, Any]]) -> None:
+        self._cancelled = late
+
+    async def _settled(self) -> None:
+        """The execution that was cancelled, if one was, has ended."""
+        while (late := self._cancelled) is not None:
+            await asyncio.wait({late})
+            if self._cancelled is late:
+                self._cancelled = None
+        self._check()
+
     async def _ask(self, op: str, **fields: Any) -> dict[str, Any]:
         self._check()
         return await self._link.ask({"op": op, "session": self.id, **fields})
+
+    async def _after(self, op: str, **fields: Any) -> dict[str, Any]:
+        await self._settled()
+        return await self._ask(op, **fields)
 
     async def exec(
         self,
@@ -78,8 +95,7 @@ class LocalSession:
         expect_step: int | None = None,
         rich: bool = False,
     ) -> ExecResult:
-        """See `Session.exec`. A cancelled call interrupts the execution, unless `expect_step` says that somebody
-        may come back for it."""
+        """See `Session.exec`."""
         check_program(code, stdin, limits)
         check_step(expect_step)
         fields = await self.exec_fields(code, stdin=stdin, limits=limits, expect_step=expect_step, rich=rich)
@@ -101,25 +117,25 @@ class LocalSession:
             message["rich"] = True
         if owner:
             message["owner"] = owner
-        self._check()
+        await self._settled()
         cancel = {"op": "session.cancel", "session": self.id} if expect_step is None else None
-        return cast("dict[str, Any]", (await self._link.ask(message, cancel))["result"])
+        return cast("dict[str, Any]", (await self._link.ask(message, cancel, self._left))["result"])
 
     async def fork(self, count: int = 1, *, seeds: Sequence[int] | None = None) -> list[Session]:
         """See `Session.fork`."""
         plain = check_copies(count, seeds)
-        self._check()
+        await self._settled()
         message = {"op": "session.fork", "session": self.id, "count": count, "seeds": plain}
         return list(await made(self._link, message))
 
     async def snapshot(self) -> str:
         """See `Session.snapshot`."""
-        return str((await self._ask("session.snapshot"))["snapshot"])
+        return str((await self._after("session.snapshot"))["snapshot"])
 
     async def restore(self, snapshot: str) -> None:
         """See `Session.restore`."""
         check_id(snapshot)
-        await self._ask("session.restore", snapshot=snapshot)
+        await self._after("session.restore", snapshot=snapshot)
 
     async def interrupt(self) -> bool:
         """See `Session.interrupt`."""
@@ -128,16 +144,16 @@ class LocalSession:
     async def write_file(self, path: str, data: bytes) -> None:
         """See `Session.write_file`."""
         check_file(path, data)
-        await self._ask("session.put", path=path, data=base64.b64encode(data).decode())
+        await self._after("session.put", path=path, data=base64.b64encode(data).decode())
 
     async def read_file(self, path: str) -> bytes:
         """See `Session.read_file`."""
         check_path(path)
-        return base64.b64decode((await self._ask("session.get", path=path))["data"])
+        return base64.b64decode((await self._after("session.get", path=path))["data"])
 
     async def list_files(self) -> list[FileInfo]:
         """See `Session.list_files`."""
-        return [FileInfo(path, size) for path, size in (await self._ask("session.list"))["files"]]
+        return [FileInfo(path, size) for path, size in (await self._after("session.list"))["files"]]
 
     async def heartbeat(self) -> float:
         """See `Session.heartbeat`."""

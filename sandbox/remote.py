@@ -86,7 +86,8 @@ class RemoteSandbox:
     ) -> None:
         check_profile_name(profile or None)
         check_limits(limits)
-        names = [urls] if isinstance(urls, str) else list(dict.fromkeys(urls))
+        several = isinstance(urls, Collection) and not isinstance(urls, str)
+        names: list[Any] = list(dict.fromkeys(urls)) if several else [urls]
         if not names:
             raise ValueError("RemoteSandbox needs at least one URL")
         self.profile, self.limits, self.total_s, self.coalesce = profile, limits, total_s, coalesce

@@ -39,6 +39,9 @@ class LostRequest(SandboxUnavailable):
         super().__init__(message)
         self.sent, self.late, self.server = sent, late, server
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_server(super().__reduce__())
+
 
 class Nonsense(SandboxProtocolError):
     """An answer that is none of ours: a proxy's page, another program's JSON. Another server may give a proper one."""
@@ -47,7 +50,15 @@ class Nonsense(SandboxProtocolError):
 
     def __init__(self, message: str, server: Endpoint) -> None:
         super().__init__(message)
-        self.server = server
+        self.server: Endpoint | None = server
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _without_server(super().__reduce__())
+
+
+def _without_server(reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Connections stay in their process."""
+    return *reduced[:-1], {**reduced[-1], "server": None}
 
 
 @dataclass(frozen=True)
@@ -92,10 +103,30 @@ class Answer:
         return parse_error(fields.get("error"))
 
 
+def _check(url: str, token: str | None) -> None:
+    """Raises `ValueError` for what is no address, or no token."""
+    wrong = f"sandbox URL {url!r:.200}: write http://HOST:PORT, https://HOST or unix:/PATH"
+    if not isinstance(url, str):
+        raise ValueError(wrong)
+    if token is not None and (not isinstance(token, str) or not token.isprintable() or " " in token):
+        raise ValueError("the token holds a blank, an end of line or something else that no token has")
+    if url.startswith("unix:") and url != "unix:":
+        return
+    try:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise ValueError(wrong) from None
+    if token and parts.username is not None:
+        raise ValueError("a sandbox URL with a user name and a token as well: the server takes one of them")
+
+
 class Endpoint:
     """`url`: `http://host:port`, `https://…` or `unix:/path`. Raises `ValueError` for anything else."""
 
     def __init__(self, url: str, token: str | None, connections: int) -> None:
+        _check(url, token)
         self.url = url.rstrip("/")
         self.in_flight = 0
         self.sessions = 0
@@ -104,10 +135,6 @@ class Endpoint:
         """Of the last request, if it came to that."""
         self._full_until = 0.0
         self._uds = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
-        if self._uds is None:
-            parts = urlsplit(self.url)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(f"sandbox URL {url!r}: write http://HOST:PORT, https://HOST or unix:/PATH")
         self._base = str(URL(self.url)).rstrip("/") if self._uds is None else "http://sandbox"
         self._headers = {"Accept-Encoding": "identity", "User-Agent": "retool-sandbox"}
         if token:

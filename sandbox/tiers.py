@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 
@@ -86,5 +86,7 @@ def lacking(tier: Tier, require: Sequence[str], groups: bool) -> str:
 
 def unknown_properties(require: Sequence[str]) -> str:
     """What is wrong with a list of required properties, or nothing."""
+    if isinstance(require, str) or not isinstance(require, Collection):
+        return f"require is a list of properties, not {require!r:.100}"
     unknown = [name for name in require if name not in PROPERTIES]
-    return f"unknown properties {', '.join(unknown)}: choose from {', '.join(PROPERTIES)}" if unknown else ""
+    return f"unknown properties {', '.join(map(str, unknown))}: choose from {', '.join(PROPERTIES)}" if unknown else ""

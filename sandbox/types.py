@@ -6,6 +6,7 @@ so a caller can never mistake a broken machine for a wrong program.
 
 from __future__ import annotations
 
+import copyreg
 import math
 from collections.abc import Callable, Coroutine, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -111,6 +112,10 @@ class SandboxError(Exception):
 
     code = "infra_error"
     retryable = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process, as it is: kinds below are not made from their message alone."""
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
 
 
 class SandboxUnavailable(SandboxError):

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,7 +280,7 @@ async def open_battery(tier: str | None, profile: str = "py-bare") -> AsyncItera
             yield battery
 
 
-async def run_battery(attacks: Sequence[Attack], tier: str | None = None) -> AsyncIterator[tuple[str, Row]]:
+async def run_battery(attacks: Sequence[Attack], tier: str | None = None) -> AsyncGenerator[tuple[str, Row], None]:
     """(tier, row) of each attack as it is done. Raises `SandboxError` when no sandbox can be opened."""
     async with open_battery(tier) as battery:
         for attack in attacks:

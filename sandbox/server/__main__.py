@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from sandbox.loops import keep_standard_streams
 from sandbox.server.options import ServeError, ServeOptions
 from sandbox.server.serve import serve
 from sandbox.types import SandboxError
@@ -13,6 +14,7 @@ from sandbox.types import SandboxError
 
 def main() -> int:
     """Returns the exit status."""
+    keep_standard_streams()
     parser = argparse.ArgumentParser(prog="python -m sandbox.server")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
@@ -23,7 +24,7 @@ _BATCH_AHEAD = 2
 
 
 class _KeyHeader(Strict):
-    key: Key
+    key: Key = Field(alias="Idempotency-Key")
 
 
 def idempotency_key(request: Request, own: str | None) -> str | None:
@@ -32,7 +33,7 @@ def idempotency_key(request: Request, own: str | None) -> str | None:
         return own
     for name, value in request.scope["headers"]:
         if name == b"idempotency-key":
-            return check(_KeyHeader, {"key": value.decode("latin-1")}).key
+            return check(_KeyHeader, {"Idempotency-Key": value.decode("latin-1")}).key
     return None
 
 

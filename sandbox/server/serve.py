@@ -204,6 +204,10 @@ def _unix_socket(path: str, mode: int, backlog: int) -> socket.socket:
         listener.listen(backlog)
     except OSError as error:
         listener.close()
-        hint = "; another server has it" if error.errno == errno.EADDRINUSE else ""
+        hint = ""
+        if error.errno == errno.EADDRINUSE:
+            hint = (
+                "; another server has it" if Path(path).is_socket() else "; there is something else that is no socket"
+            )
         raise ServeError(f"cannot listen on --uds {path}: {error.strerror or error}{hint}") from None
     return listener

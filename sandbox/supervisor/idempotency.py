@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
+
+from sandbox.types import SandboxInfraError
 
 KEEP_S = 600.0
 KEEP_BYTES = 64 * 1024 * 1024
 
 Reply = dict[str, Any]
+_OTHERWISE = ("id", "key", "owner", "deadline_s")
+"""What of a request may be another in a retry."""
+
+
+def content(request: Mapping[str, Any]) -> int:
+    """What a request asks for, as a number."""
+    return hash(json.dumps({name: value for name, value in request.items() if name not in _OTHERWISE}, sort_keys=True))
 
 
 class IdempotencyStore:
@@ -18,18 +29,26 @@ class IdempotencyStore:
 
     def __init__(self) -> None:
         self._entries: OrderedDict[str, tuple[float, int, asyncio.Future[Reply]]] = OrderedDict()
+        self._contents: dict[str, int] = {}
         self._bytes = 0
 
-    def find(self, key: str) -> asyncio.Future[Reply] | None:
-        """The reply, or its future, of an earlier request with this key."""
+    def find(self, key: str, asked: int = 0) -> asyncio.Future[Reply] | None:
+        """The reply, or its future, of an earlier request with this key. Raises `SandboxInfraError`
+        (idempotency_conflict) when that had another `content` than `asked`."""
         self._expire()
         entry = self._entries.get(key)
-        return entry[2] if entry else None
+        if entry is None:
+            return None
+        if self._contents[key] != asked:
+            message = f"the idempotency key {key!r:.200} was used for a different request"
+            raise SandboxInfraError(message, "idempotency_conflict", retryable=False)
+        return entry[2]
 
-    def begin(self, key: str) -> asyncio.Future[Reply]:
+    def begin(self, key: str, asked: int = 0) -> asyncio.Future[Reply]:
         """Remember that `key` is running."""
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._entries[key] = (time.monotonic(), 0, future)
+        self._contents[key] = asked
         return future
 
     def finish(self, key: str, reply: Reply, size: int, *, keep: bool) -> None:
@@ -41,6 +60,8 @@ class IdempotencyStore:
             self._entries[key] = (time.monotonic(), size, future)
             self._bytes += size
             self._expire()
+        else:
+            del self._contents[key]
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -50,5 +71,5 @@ class IdempotencyStore:
                 continue
             if now - born < KEEP_S and self._bytes <= KEEP_BYTES:
                 break
-            del self._entries[key]
+            del self._entries[key], self._contents[key]
             self._bytes -= size

@@ -23,7 +23,7 @@ from sandbox.results import encode_error
 from sandbox.supervisor import cgroups, folders
 from sandbox.supervisor.admission import Admission as Slots
 from sandbox.supervisor.cgroups import Groups
-from sandbox.supervisor.idempotency import IdempotencyStore
+from sandbox.supervisor.idempotency import IdempotencyStore, content
 from sandbox.supervisor.outcome import digest
 from sandbox.supervisor.pool import Pool, uids_needed
 from sandbox.supervisor.pools import Pools
@@ -49,6 +49,7 @@ STDIN_BYTES = 16 * 1024 * 1024
 FILES_NEEDED = 1024
 """Open files that a supervisor must be allowed: children are handed theirs as numbers above 512."""
 _UID_BLOCK, _UID_BLOCKS = 512, 60
+_UNCONFINED = "allow_unconfined=True (`serve`: --allow-unconfined)"
 
 
 def reserve_uids(count: int) -> tuple[int, list[socket.socket]]:
@@ -131,7 +132,7 @@ class Service:
     def _candidates(self) -> list[Tier]:
         name, allowed = self.settings.tier, self.settings.allow_unconfined
         if name == NONE.name and not allowed:
-            raise ConfinementUnavailable("tier 'none' confines nothing: it also needs allow_unconfined=True")
+            raise ConfinementUnavailable(f"tier 'none' confines nothing: it also needs {_UNCONFINED}")
         if name:
             return [BY_NAME[name]]
         return [*TIERS, *([NONE] if allowed else [])]
@@ -182,8 +183,16 @@ class Service:
         raise ConfinementUnavailable(
             f"no isolation tier {'gives what is required' if self.settings.require else 'holds'} on this machine:\n"
             + "\n".join(failures)
-            + "\nFix one of these, or pass allow_unconfined=True to run code you trust without isolation."
+            + f"\nFix one of these{self._way_out()}."
         )
+
+    def _way_out(self) -> str:
+        """What else helps when no tier holds."""
+        if self.settings.tier or self.settings.require:
+            return ", or ask for less"
+        if self.settings.allow_unconfined:
+            return ""
+        return f", or pass {_UNCONFINED} to run code you trust without isolation"
 
     async def survey(self) -> list[dict[str, Any]]:
         """Every tier, whether it holds here, and why not. Raises `ConfinementUnavailable` when none can be tried."""
@@ -204,11 +213,15 @@ class Service:
         key = request.get("key")
         if key is None:
             return (await self._execute(request, handle))[0]
-        earlier = self._idempotency.find(key)
+        asked = content(request)
+        try:
+            earlier = self._idempotency.find(key, asked)
+        except SandboxInfraError as conflict:
+            return error_reply(conflict)
         if earlier is not None:
             self.counts["idempotent_hits"] += 1
             return await asyncio.shield(earlier)
-        self._idempotency.begin(key)
+        self._idempotency.begin(key, asked)
         reply: dict[str, Any] = error_reply(SandboxInfraError("the request was dropped", "shutdown"))
         size = 0
         try:

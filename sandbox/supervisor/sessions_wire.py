@@ -11,7 +11,7 @@ from typing import Any
 from sandbox import paths
 from sandbox.codec import result_fields
 from sandbox.results import encode_error
-from sandbox.supervisor.idempotency import IdempotencyStore
+from sandbox.supervisor.idempotency import IdempotencyStore, content
 from sandbox.supervisor.sessions import Sessions, describe, lease
 from sandbox.supervisor.sessions_live import Reply, Request
 from sandbox.types import Limits, SandboxError, SandboxInfraError, SandboxProtocolError, SessionError
@@ -82,10 +82,11 @@ class SessionRequests:
         key = message.get("key")
         if key is None:
             return await self._open_new(message)
-        earlier = self._keys.find(key)
+        asked = content(message)
+        earlier = self._keys.find(key, asked)
         if earlier is not None:
             return await asyncio.shield(earlier)
-        self._keys.begin(key)
+        self._keys.begin(key, asked)
         reply: Reply = {"error": encode_error(SandboxInfraError("the request was dropped", "shutdown"))}
         try:
             reply = await self._open_new(message)

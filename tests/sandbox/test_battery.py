@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sandbox.battery import ATTACKS, Control, select
+from sandbox.battery import ATTACKS, Control, run_battery, select
 from tests.sandbox.conftest import ROOT
 
 pytestmark = pytest.mark.slow
@@ -120,3 +122,14 @@ def test_a_child_that_is_not_number_two_cannot_kill_itself_either(attack: str, t
     """The kernel gives number 3 or 4 when it has not yet let go of those of the run before; here it is never right."""
     change = ("worker/jail.py", "INIT_SEES_CHILD_AS = 2\n", "INIT_SEES_CHILD_AS = 7\n")
     assert set(verdicts([change], attack, "ns", tmp_path)) == {"held"}
+
+
+async def test_a_lock_of_the_host_is_not_what_a_run_left() -> None:
+    """Docker's daemon, among others, holds one on /dev/null."""
+    file = os.open("/dev/null", os.O_RDONLY)
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0))
+        rows = [row async for _, row in run_battery(select("messages at standard input"))]
+    finally:
+        os.close(file)
+    assert [row.verdict for row in rows] == ["held"], rows

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.sandbox.serving import ROOT
+from tests.sandbox.serving import ROOT, eventually
 
 
 def bench(*options: str) -> subprocess.CompletedProcess[str]:
@@ -48,6 +50,9 @@ def test_parts_are_measured_one_at_a_time_and_kept(tmp_path: Path) -> None:
         (["--output", "{folder}"], "that is a folder"),
         (["--output", "/proc/report.json"], "/proc/report.json"),
         (["--vs", "nonsense"], "write a URL"),
+        (["--vs", "https://127.0.0.1"], "without TLS"),
+        (["--vs", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
+        (["--vs", "http://127.0.0.1:99999"], "http://127.0.0.1:99999"),
         (["--vs", "http://127.0.0.1:1", "--part", "sessions"], "--part http"),
     ],
 )
@@ -57,3 +62,16 @@ def test_what_cannot_be_measured_is_said_in_a_line(options: list[str], words: st
     found = bench(*(option.format(nonsense=nonsense, folder=tmp_path) for option in options))
     assert found.returncode == 2
     assert words in found.stderr and "Traceback" not in found.stderr
+
+
+def test_an_interrupt_is_for_the_command_alone() -> None:
+    command = [sys.executable, "-m", "retool", "sandbox", "bench", "--quick", "--part", "embedded", "--seconds", "0.5"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    assert eventually(lambda: bool(children.read_text()))  # cold interpreters, whose speed is measured first
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in errors, errors.decode()

@@ -61,21 +61,63 @@ def test_output_that_the_terminal_cannot_show_is_escaped() -> None:
     assert (done.returncode, done.stdout) == (0, "\\u03c0\n"), done.stderr
 
 
+COMMANDS = {
+    "run": ["run", "print('x' * 10000)", "--profile", "py-bare"],
+    "doctor": ["doctor"],
+    "attack": ["attack", "--only", "#15"],
+    "attack as JSON": ["attack", "--only", "#15", "--json"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
 @pytest.mark.parametrize("closed", ["pipe", "full"])
-def test_output_that_nobody_takes_is_no_traceback(closed: str) -> None:
+def test_output_that_nobody_takes_is_no_traceback(closed: str, command: list[str]) -> None:
     if closed == "pipe":
         near, far = os.pipe()
         os.close(near)
     else:
         far = os.open("/dev/full", os.O_WRONLY)
     try:
-        done = sandbox("run", "print('x' * 10000)", "--profile", "py-bare", stdout=far)
+        done = sandbox(*command, stdout=far)
     finally:
         os.close(far)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert ("No space left" in done.stderr) == (closed == "full"), done.stderr
+
+
+def test_a_working_folder_that_was_deleted_does_not_matter(tmp_path: Path) -> None:
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    leave = "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); os.execv(sys.executable, sys.argv[2:])"
+    command = ["-m", "retool", "sandbox", "run", "print(1)", "--profile", "py-bare"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", leave, str(folder), sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment,
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_what_was_rejected_ends_its_line() -> None:
     done = sandbox("run", "-", input="#" * (2 << 20))
     assert done.returncode == 1 and done.stderr.startswith("code of")
     assert done.stderr.splitlines()[1].startswith("rejected")
+
+
+def test_closed_standard_streams_are_no_traceback() -> None:
+    done = sandbox("run", "-", preexec_fn=lambda: os.close(0))
+    assert done.returncode == 2 and "standard input is closed" in done.stderr, done.stderr
+    done = sandbox("run", "print(1)", "--profile", "py-bare", preexec_fn=lambda: os.close(1))
+    assert done.returncode == 1 and done.stderr == "the output cannot be written: it is closed\n"
+    done = sandbox("run", "x = 1", "--profile", "py-bare", preexec_fn=lambda: os.closerange(0, 3))
+    assert done.returncode == 0
+
+
+def test_standard_input_that_never_ends_is_refused() -> None:
+    with Path("/dev/zero").open() as zeros:
+        done = sandbox("run", "-", stdin=zeros)
+    assert done.returncode == 2 and "standard input: more than 33554432 bytes" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr

@@ -117,9 +117,11 @@ async def test_a_killed_supervisor_leaves_no_control_group() -> None:
 async def test_required_properties_are_given_or_the_start_is_refused() -> None:
     async with LocalSandbox("py-bare", require=["files", "network", "kernel"]) as box:
         assert {"files", "network", "kernel"} <= set((await box.capabilities())["properties"])
-    with pytest.raises(ConfinementUnavailable, match=r"private_root.*tier ns"):
-        async with LocalSandbox("py-bare", tier="self", require=["private_root"]):
-            pass
+    for allowed in (False, True):
+        with pytest.raises(ConfinementUnavailable, match=r"private_root.*tier ns") as refused:
+            async with LocalSandbox("py-bare", tier="self", require=["private_root"], allow_unconfined=allowed):
+                pass
+        assert "allow_unconfined" not in str(refused.value), "it would not help"
     with pytest.raises(ValueError, match="walls"):
         LocalSandbox("py-bare", require=["walls"])
     assert all(PROPERTIES.values())

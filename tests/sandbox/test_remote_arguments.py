@@ -34,6 +34,9 @@ WRONG: dict[str, Callable[[Any, Any], Any]] = {
     "text as a seed": lambda b, s: b.exec("1", seed="1"),
     "key": lambda b, s: b.exec("1", idempotency_key=7),
     "files": lambda b, s: b.exec("1", files={"x": "text"}),
+    "a list of files": lambda b, s: b.exec("1", files=["x"]),
+    "nothing to fetch": lambda b, s: b.exec("1", fetch=None),
+    "fetch a number": lambda b, s: b.exec("1", fetch=7),
     "fetch": lambda b, s: b.exec("1", fetch="name"),
     "deadline": lambda b, s: b.exec("1", deadline_s="1"),
     "endless deadline": lambda b, s: b.exec("1", deadline_s=float("inf")),
@@ -117,3 +120,37 @@ async def test_a_sandbox_is_made_with_limits_and_a_profile_that_exist() -> None:
         for make in (LocalSandbox, lambda **given: RemoteSandbox("http://127.0.0.1:1", **given)):
             with pytest.raises(ValueError, match=r"limits|profile|memory_mb"):
                 make(**wrong)  # type: ignore[operator]
+
+
+async def test_what_is_no_profile_and_no_list_of_properties_is_refused() -> None:
+    for wrong, said in (
+        ({"profile": None}, "unknown profile 'None'"),
+        ({"profile": 5}, "unknown profile '5'"),
+        ({"require": "files"}, "require is a list of properties, not 'files'"),
+        ({"require": None}, "require is a list"),
+        ({"require": [5]}, "unknown properties 5"),
+        ({"require": ["file"]}, "unknown properties file"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            LocalSandbox(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("urls", "token", "said"),
+    [
+        (None, None, "sandbox URL None: write"),
+        (5, None, "sandbox URL 5: write"),
+        ([b"http://h"], None, "write http"),
+        ([], None, "at least one URL"),
+        ("127.0.0.1:8080", None, "'127.0.0.1:8080': write"),
+        ("http://127.0.0.1:99999", None, "'http://127.0.0.1:99999': write"),
+        ("http://[::1", None, "write http"),
+        ("unix:", None, "write http"),
+        ("http://name:word@127.0.0.1:1", "token", "user name and a token"),
+        ("http://127.0.0.1:1", "from a file\n", "the token holds"),
+        ("http://127.0.0.1:1", b"token", "the token holds"),
+    ],
+)
+async def test_what_is_no_address_or_no_token_is_said_when_it_is_given(urls: Any, token: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        RemoteSandbox(urls, token=token)

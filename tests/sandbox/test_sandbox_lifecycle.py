@@ -254,3 +254,34 @@ async def test_cancelling_in_every_phase_leaks_nothing() -> None:
                 break
             await asyncio.sleep(0.02)
         assert (stats["leaked"], stats["restarts"], stats["running"], stats["waiting"]) == (0, 0, 0, 0)
+
+
+_TWO_LOOPS = """
+import asyncio
+from pathlib import Path
+from sandbox import LocalSandbox
+
+box = LocalSandbox("py-bare", workers=1)
+
+async def open_and_leave():
+    await box.__aenter__()
+    return (await box.exec("1")).status, (await box.stats())["supervisor_pid"]
+
+async def again():
+    async with box:
+        return (await box.exec("3")).stdout
+
+status, pid = asyncio.run(open_and_leave())
+try:
+    asyncio.run(box.exec("2"))
+except RuntimeError as error:
+    print(error)
+asyncio.run(box.close())
+print(Path(f"/proc/{pid}").exists(), asyncio.run(again()))
+"""
+
+
+def test_a_sandbox_belongs_to_its_event_loop_and_can_be_closed_after_it() -> None:
+    done = subprocess.run([sys.executable, "-c", _TWO_LOOPS], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    said = done.stdout.splitlines()
+    assert "another event loop" in said[0] and said[1] == "False 3", done.stderr

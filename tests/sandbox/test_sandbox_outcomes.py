@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from sandbox import Limits, LocalSandbox, SandboxUnavailable, Status
+from sandbox import Limits, LocalSandbox, SandboxInfraError, SandboxUnavailable, Status
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -240,6 +240,23 @@ async def test_idempotency_key_runs_once(box: LocalSandbox) -> None:
     later = await box.exec(code, idempotency_key=key)
     assert len({r.stdout for r in [*results, later]}) == 1
     assert (await box.stats())["executions"] == before + 1
+
+
+async def test_a_key_stands_for_one_program(box: LocalSandbox) -> None:
+    first = await box.exec("print(1)", idempotency_key="one")
+    assert (await box.exec("print(1)", idempotency_key="one", deadline_s=5)).stdout == first.stdout == "1\n"
+    for other in (
+        {"code": "print(2)"},
+        {"code": "print(1)", "seed": 2},
+        {"code": "print(1)", "limits": Limits(wall_s=2)},
+    ):
+        with pytest.raises(SandboxInfraError, match="'one' was used for a different") as conflict:
+            await box.exec(**other, idempotency_key="one")
+        assert (conflict.value.code, conflict.value.retryable) == ("idempotency_conflict", False)
+    session = await box.session(seed=1, idempotency_key="one")
+    with pytest.raises(SandboxInfraError):
+        await box.session(seed=2, idempotency_key="one")
+    await session.close()
 
 
 async def test_cancelled_call_frees_its_worker(box: LocalSandbox) -> None:

@@ -5,22 +5,37 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sandbox import ExecResult, Limits, LocalSandbox, SandboxInfraError, Status, paths, wire
+from sandbox import (
+    ExecResult,
+    Limits,
+    LocalSandbox,
+    SandboxError,
+    SandboxInfraError,
+    SandboxOverloaded,
+    SandboxUnavailable,
+    SessionError,
+    Status,
+    paths,
+    wire,
+)
 from sandbox.codec import dumps, result_fields
 from sandbox.frames import MAX_FRAME, FrameProtocol, pack_frame
 from sandbox.linux import seccomp
 from sandbox.linux.numbers import ALLOWED, SPECIAL
+from sandbox.remote_endpoint import Endpoint, LostRequest, Nonsense
 from sandbox.supervisor import cgroups, idempotency
 from sandbox.supervisor.outcome import (
     Ending,
@@ -260,6 +275,29 @@ def test_the_largest_rich_results_fit_beside_the_largest_file(letter: str) -> No
 @given(st.lists(text, min_size=1), st.lists(text, min_size=1))
 def test_digest_separates_its_parts(first: list[str], second: list[str]) -> None:
     assert (digest(*first) == digest(*second)) == (first == second)
+
+
+def _raise(error: SandboxError) -> None:
+    raise error
+
+
+def test_errors_reach_other_processes_as_they_are() -> None:
+    server = Endpoint("http://127.0.0.1:1", None, 1)
+    errors = [
+        SandboxError("a"),
+        SandboxUnavailable("a"),
+        SandboxOverloaded("a", 2.5),
+        SandboxInfraError("a", "lost_child", retryable=False),
+        SessionError("a", "busy"),
+        LostRequest("a", sent=True, late=True, server=server),
+        Nonsense("a", server),
+    ]
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        raised = [pool.submit(_raise, error).exception() for error in errors]
+    for error, found in zip(errors, raised, strict=True):
+        assert type(found) is type(error) and str(found) == "a"
+        expected = {**vars(error), **({"server": None} if "server" in vars(error) else {})}
+        assert {name: value for name, value in vars(found).items() if name in expected} == expected
 
 
 async def test_idempotency_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

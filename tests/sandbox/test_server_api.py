@@ -178,6 +178,9 @@ def test_a_key_runs_once_and_belongs_to_one_request(http: httpx.Client) -> None:
         assert json.loads(answer.read())["result"] == first.json()
     assert http.post("/v1/exec", json={**fields, "idempotency_key": "k-2"}).content != first.content
     refusal(http.post("/v1/exec", json={**fields, "code": "other"}), 409, "idempotency_conflict")
+    blank = http.post("/v1/exec", json={"code": "1"}, headers={"Idempotency-Key": "a b"})
+    refusal(blank, 422, "invalid_request")
+    assert blank.json()["error"]["message"].startswith("Idempotency-Key: ")
 
 
 def test_unknown_paths_and_methods_are_json_too(http: httpx.Client) -> None:

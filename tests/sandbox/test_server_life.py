@@ -103,6 +103,7 @@ def test_a_token_is_needed_and_goes_nowhere(tmp_path: Path) -> None:
         (["--require", "bogus"], {}, "bogus"),
         (["--host", "256.1.1.1", "--token-file", "TOKENS"], {}, "256.1.1.1"),
         (["--uds", "/no/such/folder/socket"], {}, "/no/such/folder/socket"),
+        (["--uds", "TOKENS"], {}, "something else that is no socket"),
         (["--wall", "10", "--max-wall", "5"], {}, "exceed"),
     ],
 )
@@ -371,3 +372,24 @@ def test_a_drain_has_an_end() -> None:
         thread.join()
     assert server.end()[0] == 0
     assert eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+
+
+def test_a_server_without_standard_streams_serves_and_ends_well(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    command = [sys.executable, "-m", "retool", "sandbox", "serve", "--profile", "py-bare", "--uds", str(path)]
+    process = subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: os.closerange(0, 3))  # as careless daemons do
+    try:
+
+        def listens() -> bool:
+            with socket.socket(socket.AF_UNIX) as client:
+                return client.connect_ex(str(path)) == 0
+
+        assert eventually(listens)
+        transport = httpx.HTTPTransport(uds=str(path))
+        with httpx.Client(base_url="http://sandbox", transport=transport, trust_env=False, timeout=60) as http:
+            assert exec_(http, "print(1)").json()["stdout"] == "1\n"
+            streams = {str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in range(3)}
+            assert streams == {"/dev/null"}
+    finally:
+        process.terminate()
+        assert process.wait(40) == 0

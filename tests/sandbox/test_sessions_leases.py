@@ -128,7 +128,7 @@ async def test_opening_twice_with_a_key_opens_one() -> None:
     async with LocalSandbox("py-bare", workers=1) as box:
         opened = await asyncio.gather(*(box._open_session({**OPEN, "key": "k"}) for _ in range(4)))
         assert len({session.id for session in opened}) == 1 and (await box.stats())["sessions"] == 1
-        again = await box.session(idempotency_key="k")
+        again = await box.session(ttl_s=60.0, idempotency_key="k")
         assert again.id == opened[0].id
 
 
