@@ -272,4 +272,7 @@ def test_a_stored_answer_is_the_first_one_to_the_byte(http: httpx.Client, charac
     )
     fields = {"code": code, "idempotency_key": f"stored-{characters}"}
     first, again = (http.post("/v1/exec", json=fields) for _ in range(2))
-    assert first.json()["status"] == "ok" and again.content == first.content and again.headers == first.headers
+    assert first.json()["status"] == "ok" and again.content == first.content
+    for answer in (first, again):
+        del answer.headers["date"]  # of the answer, not of what is stored
+    assert again.headers == first.headers
