@@ -60,7 +60,7 @@ class Connection:
         elif op == "cancel":
             self._cancel(int(message["target"]))
         elif op == "session.cancel":
-            self.service.cancel_session(message["session"])
+            self.service.cancel_session(message["session"], int(message["target"]))
         elif op == "stats":
             self.send({"id": ident, "stats": self.service.stats()})
         elif op == "capabilities":

@@ -119,10 +119,10 @@ class Service:
 
         return unit, child, give_back
 
-    def cancel_session(self, ident: str) -> None:
-        """The caller of a session's running execution has gone away."""
+    def cancel_session(self, ident: str, target: int) -> None:
+        """Whoever asked for an execution in a session, by message `target`, has gone away."""
         with contextlib.suppress(SandboxError):
-            self.sessions.find(ident).cancel()
+            self.sessions.find(ident).cancel(target)
 
     @property
     def tier(self) -> str:

@@ -54,6 +54,8 @@ class Request:
     limits: Limits
     rich: bool = False
     owner: str = ""
+    ident: int = 0
+    """Number of the message that asked."""
 
 
 @dataclass
@@ -244,10 +246,10 @@ class LiveSession:
         self.interpreter.interrupt()
         return True
 
-    def cancel(self) -> None:
-        """The caller of the running execution has gone away."""
+    def cancel(self, ident: int) -> None:
+        """Whoever asked by message `ident` has gone away."""
         step = self.running
-        if step is not None:
+        if step is not None and step.request.ident == ident:  # else theirs has ended, or was refused
             if step.started:
                 self._stop(step, Status.CANCELLED)
             step.cancelled = True

@@ -56,7 +56,7 @@ class SessionRequests:
             session = self.sessions.find(ident)
             chosen = Limits(**limits) if limits else session.limits
             stdin, rich, owner = message.get("stdin", ""), bool(message.get("rich")), message.get("owner", "")
-            request = Request(message["code"], stdin, chosen, rich, owner)
+            request = Request(message["code"], stdin, chosen, rich, owner, message["id"])
             reason = self._refusal(request)
             if reason:
                 reply({"result": result_fields(self.sessions.refuse(ident, request, reason))})

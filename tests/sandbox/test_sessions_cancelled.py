@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from sandbox import LocalSandbox, Session
+from sandbox import LocalSandbox, Session, Status
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -66,3 +66,18 @@ async def test_who_names_a_key_may_come_back_for_the_session(box: LocalSandbox) 
     assert await settled(box) == before + 1
     assert (await session.exec("print(1)")).stdout == "1\n"
     await session.close()
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+async def test_who_is_told_busy_interrupts_nobody_by_going_away(box: LocalSandbox, turns: int) -> None:
+    async with box.session() as session:
+        running = asyncio.ensure_future(session.exec("import time\ntime.sleep(1)\nprint('done')"))
+        await asyncio.sleep(0.3)
+        for _ in range(3):
+            task = asyncio.ensure_future(session.exec("print('another')"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        result = await running
+        assert (result.status, result.stdout, result.step) == (Status.OK, "done\n", 1), result
