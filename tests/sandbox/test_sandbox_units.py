@@ -303,17 +303,17 @@ def test_errors_reach_other_processes_as_they_are() -> None:
 async def test_idempotency_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(idempotency, "KEEP_BYTES", 1000)
     store = idempotency.IdempotencyStore()
-    running = store.begin("running")
+    running = store.begin("running", 1)
     for index in range(100):
-        store.begin(f"k{index}")
+        store.begin(f"k{index}", 1)
         store.finish(f"k{index}", {"n": index}, 100, keep=True)
-    assert store.find("running") is running and store.find("k0") is None
-    kept = store.find("k99")
+    assert store.find("running", 1) is running and store.find("k0", 1) is None
+    kept = store.find("k99", 1)
     assert kept is not None and kept.result() == {"n": 99}
-    assert sum(store.find(f"k{index}") is not None for index in range(100)) <= 10
-    store.begin("failed")
+    assert sum(store.find(f"k{index}", 1) is not None for index in range(100)) <= 10
+    store.begin("failed", 1)
     store.finish("failed", {"error": {}}, 0, keep=False)
-    assert store.find("failed") is None
+    assert store.find("failed", 1) is None
 
 
 def test_settings_survive_the_command_line() -> None:
