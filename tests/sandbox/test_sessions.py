@@ -327,8 +327,9 @@ async def test_whatever_comes_after_a_cancelled_call_finds_the_session_free(box:
         async def give_up() -> None:
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
-                    await session.exec("kept = 1\nimport time; time.sleep(60)", limits=LONG)
+                    await session.exec("import time; time.sleep(60)", limits=LONG)
 
+        await session.exec("kept = 1")
         await give_up()
         snapshot = await session.snapshot()
         await give_up()
