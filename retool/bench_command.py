@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
+
+import httpx
 
 from retool.console import console, table
 from retool.errors import UserError
@@ -88,13 +88,10 @@ def _check(output: Path) -> None:
 
 def _check_other(url: str) -> None:
     """Before minutes of measuring. Raises `UserError` where no other server runs code."""
-    body = json.dumps({"code": "print(1)", "language": "python"}).encode()
-    headers = {"Content-Type": "application/json"}
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    program = {"code": "print(1)", "language": "python"}
     try:
-        with opener.open(urllib.request.Request(f"{url}/run_code", body, headers), timeout=60) as answer:
-            json.loads(answer.read())["status"]
-    except (OSError, ValueError, KeyError, TypeError, HTTPException) as error:
+        httpx.post(f"{url}/run_code", json=program, timeout=60, trust_env=False).json()["status"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--vs {url}: no server with SandboxFusion's API answers there ({error!r:.200})") from None
 
 
